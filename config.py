@@ -1,0 +1,380 @@
+"""The settings: what each option means, its default, its check. Defaults live here alone.
+
+- `Settings`: one flat, frozen object, made of one group of options after another
+- `parse_settings`: from the command line and `--config FILE.yaml|json`; flags win; all faults are reported at once
+
+pydantic does types, ranges and choices; what depends on two options stands in `_contradictions`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic.fields import FieldInfo
+
+from utils import ConfigError
+
+TRAINING_MODES = ("train", "train_steps", "train_and_evaluate")
+
+Paths = Annotated[
+    tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value), Field(min_length=1)
+]
+MemoryLevel = Annotated[Literal["auto", "0", "1", "2"], BeforeValidator(str)]
+
+
+class Options(BaseModel):
+    """A group of options. Subclasses name the group; a field's description is its help."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", coerce_numbers_to_str=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class RunOptions(Options):
+    """run"""
+
+    mode: Literal["train", "train_steps", "evaluate", "train_and_evaluate", "analyze"] = Field(
+        "train", description="train by epochs, train by steps, evaluate a checkpoint, both, or look at a corpus"
+    )
+    seed: int = Field(42, ge=0, lt=2**32, description="seed of weights, order, dropout, masking and sampling")
+    output_dir: str | None = Field(
+        None, description="folder of the run, the report or the analysis (made up under logs/ if absent)"
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field(
+        "INFO", description="DEBUG also shows the traceback of an expected error"
+    )
+    log_steps: int = Field(10, ge=1, description="optimizer steps between two lines of the training log")
+    device: Literal["cuda", "cpu"] | None = Field(None, description="where to compute (a GPU if there is one)")
+    gpu_memory_fraction: float | None = Field(None, gt=0, le=1, description="share of the GPU's memory to use at most")
+    num_workers: int = Field(0, ge=0, description="processes that load data beside the main one")
+    report_to: Literal["none", "tensorboard", "wandb"] = Field("none", description="where else to log to")
+
+
+class DataOptions(Options):
+    """data"""
+
+    train_path: Paths = Field(("data/train",), description="training files (jsonl, csv, parquet) or folders")
+    val_path: Paths = Field(("data/evaluation",), description="validation files or folders")
+    test_path: Paths | None = Field(
+        None, description="test files or folders (train_and_evaluate: data/validation if absent)"
+    )
+    sample_data: int | None = Field(None, ge=1, description="take so many documents of each set, stratified by label")
+    batch_size: int = Field(8, ge=1, description="documents a batch and process")
+    max_windows_per_batch: int | None = Field(None, ge=1, description="cap on the windows of a batch, padding included")
+    max_len: int | None = Field(None, ge=1, description="cap on a document's tokens before it is cut into windows")
+    text_column: str = Field("text", description="name of the text's column or key")
+    label_column: str = Field("label", description="name of the label's column or key")
+    problem_type: Literal["single_label", "multi_label"] = Field(
+        "single_label", description="one label a document, or a list of labels"
+    )
+    on_bad_lines: Literal["error", "skip"] = Field(
+        "error", description="stop at a bad line, or put it into a quarantine file and count it"
+    )
+    cache_dir: str = Field("~/.cache/reberta", description="where tokenized documents are kept for the next start")
+
+
+class ModelOptions(Options):
+    """model"""
+
+    model_path: str | None = Field(
+        None,
+        description="training: an encoder (name or folder) or a checkpoint to start from, roberta-base if absent; "
+        "evaluation: the checkpoint, a .pt file or a folder",
+    )
+    model_type: Literal["reberta"] = Field("reberta", description="the kind of model")
+    window_size: int = Field(256, ge=4, description="tokens a window, [CLS] and [SEP] included")
+    window_overlap: int = Field(0, ge=0, description="tokens that two neighbouring windows share")
+    num_repeats: int = Field(1, ge=1, description="times that the document is read")
+    max_windows: int = Field(16, ge=1, description="windows of a document that are read at most")
+    dropout: float = Field(0.1, ge=0, lt=1, description="dropout of the encoder's hidden states and of the head")
+    carry: Literal["gated", "residual"] = Field(
+        "gated", description="what a window hears of those before it: a memory that keeps, or the last state"
+    )
+    alpha: float = Field(0.8, gt=0, le=1, description="carry residual: weight of the encoder's output in the state")
+    global_alpha: float | None = Field(
+        None, ge=0, le=1, description="aggregation encoder: fixed weight of the aggregate (learned from 0 if absent)"
+    )
+    gate_bias: float = Field(0.0, description="start value of the gates' biases; lower lets less in at first")
+    aggregation: Literal["encoder", "attention", "mean", "max"] = Field(
+        "encoder", description="how window states become the document's state"
+    )
+    position_encoding: Literal["absolute", "rope"] = Field(
+        "absolute", description="the encoder's learned positions, or rotary ones in their place"
+    )
+    memory_level: MemoryLevel = Field(
+        "auto",
+        description="0 keeps activations, 1 recomputes two windows at a time, 2 window by window and layer by layer",
+    )
+    gradient_checkpointing: bool = Field(False, description="the same as --memory_level 2")
+    max_window_failures: float = Field(
+        0.01, ge=0, le=1, description="share of windows whose state may be not finite before the run ends"
+    )
+
+
+class TrainingOptions(Options):
+    """training"""
+
+    epochs: int = Field(3, ge=1, description="passes over the training set (modes train, train_and_evaluate)")
+    total_steps: int | None = Field(
+        None, ge=1, description="optimizer steps (mode train_steps; train_and_evaluate: in place of --epochs)"
+    )
+    eval_every: int | None = Field(
+        None, ge=1, description="optimizer steps between evaluations, each with a checkpoint (once an epoch if absent)"
+    )
+    learning_rate: float = Field(5e-5, gt=0, description="peak learning rate")
+    weight_decay: float = Field(0.01, ge=0, description="weight decay, not on biases and norms")
+    gradient_accumulation_steps: int = Field(1, ge=1, description="batches an optimizer step")
+    early_stopping_patience: int | None = Field(None, ge=1, description="evaluations without gain before training ends")
+    metric_for_best: Literal["accuracy", "f1_macro", "loss"] = Field(
+        "accuracy", description="validation metric that chooses the best model"
+    )
+    ema_decay: float | None = Field(
+        None, gt=0, lt=1, description="keep a moving average of the weights, which is evaluated and saved"
+    )
+    class_weights: Literal["none", "balanced"] = Field(
+        "none", description="weigh classes in the loss by the inverse of their frequency"
+    )
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing of the loss")
+    gradient_clip_val: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
+    resume: str = Field(
+        "auto", description="auto: continue the run in --output_dir; never: refuse; or a checkpoint's path"
+    )
+    save_total_limit: int = Field(2, ge=1, description="checkpoints to keep; the best one is kept besides")
+
+
+class ScheduleOptions(Options):
+    """schedule"""
+
+    scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
+        "linear", description="shape of the learning rate over the run"
+    )
+    num_warmup_steps: int | None = Field(
+        None, ge=0, description="optimizer steps of warm-up (a tenth of the run if absent; none with constant)"
+    )
+    optimizer_type: Literal["adamw", "adam", "sgd"] = Field("adamw", description="optimizer")
+
+
+class PrecisionOptions(Options):
+    """precision"""
+
+    mixed_precision: bool = Field(False, description="compute in 16 bits where that is safe")
+    mixed_precision_type: Literal["fp16", "bf16"] = Field("bf16", description="which 16 bits")
+
+
+class AugmentationOptions(Options):
+    """augmentation"""
+
+    use_augmentation: bool = Field(False, description="mask tokens of the training documents on the fly")
+    random_mask_prob: float = Field(0.15, gt=0, le=1, description="chance of a token (or word) to be masked")
+    max_mask_tokens: int | None = Field(None, ge=1, description="tokens of a document that are masked at most")
+    whole_word_mask: bool = Field(False, description="mask whole words (Chinese needs the package jieba)")
+
+
+class OutputOptions(Options):
+    """output"""
+
+    save_predictions: bool = Field(False, description="write predictions.csv beside the report")
+
+
+GROUPS: tuple[type[Options], ...] = (
+    RunOptions,
+    DataOptions,
+    ModelOptions,
+    TrainingOptions,
+    ScheduleOptions,
+    PrecisionOptions,
+    AugmentationOptions,
+    OutputOptions,
+)
+
+
+class Settings(
+    OutputOptions,
+    AugmentationOptions,
+    PrecisionOptions,
+    ScheduleOptions,
+    TrainingOptions,
+    ModelOptions,
+    DataOptions,
+    RunOptions,
+):
+    """All options of a run, flat and frozen."""
+
+
+def parse_settings(argv: Sequence[str] | None = None, *, description: str | None = None, **defaults: Any) -> Settings:
+    """Settings from `argv` (the process's own if None) over `--config` over `defaults` over the defaults here.
+
+    Raises:
+        ConfigError: every unknown or wrong option and every contradiction, in one message.
+        SystemExit: `--help`.
+    """
+    given, unknown = _parser(description).parse_known_args(argv)
+    flags = {name: value for name, value in vars(given).items() if value is not None}
+    config_path = flags.pop("config", None)
+    faults = [_unknown(word) for word in unknown if word.startswith("--")]
+    faults += [f"{word!r} belongs to no option" for word in unknown if not word.startswith("--")][: not faults]
+    file_values = _read_config_file(Path(config_path)) if config_path else {}
+    for key in sorted(set(file_values) - set(Settings.model_fields)):
+        del file_values[key]
+        faults.append(f"{config_path}: {_unknown(key)}")
+    values = {**defaults, **file_values, **flags}
+    values = {name: None if value in ("none", "None") and _optional(name) else value for name, value in values.items()}
+    return _validate(values, faults)
+
+
+def _validate(values: dict[str, Any], faults: list[str]) -> Settings:
+    try:
+        settings = Settings(**values)
+    except ValidationError as error:
+        wrong = {str(fault["loc"][0]) for fault in error.errors()}
+        faults += [_say(fault["loc"], fault["msg"], fault["input"]) for fault in error.errors()]
+        settings = Settings(**{name: value for name, value in values.items() if name not in wrong})
+    faults += _contradictions(settings)
+    if faults:
+        raise ConfigError("wrong options:\n" + "\n".join(f"  {fault}" for fault in dict.fromkeys(faults)))
+    return settings
+
+
+def _say(location: tuple[int | str, ...], message: str, value: Any) -> str:
+    return f"--{location[0]} {value}: {message[0].lower()}{message[1:]}"
+
+
+def _unknown(word: str) -> str:
+    name = word.lstrip("-").split("=")[0]
+    close = difflib.get_close_matches(name, Settings.model_fields, n=1)
+    return f"unknown option {word}" + (f"; did you mean --{close[0]}?" if close else "; --help lists all options")
+
+
+def _read_config_file(path: Path) -> dict[str, Any]:
+    if path.suffix not in (".yaml", ".yml", ".json"):
+        raise ConfigError(f"--config {path}: a .yaml or .json file is needed")
+    try:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read: {error.strerror}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"--config {path}: is no valid {path.suffix[1:]}: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path}: must hold one mapping of option to value")
+    return {str(key): value for key, value in values.items()}
+
+
+def _contradictions(settings: Settings) -> list[str]:
+    """Options that do not go together. Those left at their defaults never contradict."""
+    said = settings.model_fields_set
+    rules = [
+        (
+            settings.mode == "evaluate" and settings.model_path is None,
+            "--mode evaluate needs --model_path: the checkpoint to evaluate, a .pt file or a folder",
+        ),
+        (settings.mode == "evaluate" and settings.test_path is None, "--mode evaluate needs --test_path: the test set"),
+        (settings.mode == "train_steps" and settings.total_steps is None, "--mode train_steps needs --total_steps"),
+        (settings.mode == "train_steps" and "epochs" in said, "--epochs does not go with --mode train_steps"),
+        (
+            settings.mode == "train" and settings.total_steps is not None,
+            "--total_steps does not go with --mode train; use --mode train_steps",
+        ),
+        (
+            settings.mode == "train_and_evaluate" and settings.total_steps is not None and "epochs" in said,
+            "--epochs and --total_steps are two budgets; give one",
+        ),
+        (
+            settings.total_steps is not None and (settings.num_warmup_steps or 0) > settings.total_steps,
+            "--num_warmup_steps is more than --total_steps: the learning rate would never reach its peak",
+        ),
+        (
+            settings.scheduler_type == "constant" and bool(settings.num_warmup_steps),
+            "--scheduler_type constant has no warm-up; use constant_with_warmup, or leave --num_warmup_steps out",
+        ),
+        (
+            settings.gradient_checkpointing and settings.memory_level in ("0", "1"),
+            "--gradient_checkpointing is --memory_level 2 and does not go with another level",
+        ),
+        (
+            "mixed_precision_type" in said and not settings.mixed_precision,
+            "--mixed_precision_type needs --mixed_precision",
+        ),
+        (
+            "alpha" in said and settings.carry != "residual",
+            "--alpha belongs to --carry residual; with gated the memory takes its place",
+        ),
+        (
+            settings.global_alpha is not None and settings.aggregation != "encoder",
+            f"--global_alpha belongs to --aggregation encoder, not {settings.aggregation}",
+        ),
+        (
+            settings.window_overlap >= settings.window_size - 2,
+            "--window_overlap must be less than --window_size minus its [CLS] and [SEP]",
+        ),
+        (
+            settings.gpu_memory_fraction is not None and settings.device == "cpu",
+            "--gpu_memory_fraction does not go with --device cpu",
+        ),
+    ]
+    rules += [
+        (name in said and not settings.use_augmentation, f"--{name} needs --use_augmentation")
+        for name in ("random_mask_prob", "max_mask_tokens", "whole_word_mask")
+    ]
+    return [message for broken, message in rules if broken]
+
+
+def _parser(description: str | None) -> argparse.ArgumentParser:
+    """Flags as plain strings, so that the command line and the file go through the same checks."""
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [options]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="options from a .yaml or .json file; flags win over it")
+    for group in GROUPS:
+        section = parser.add_argument_group(group.__doc__)
+        for name, field in group.__annotations__.items():
+            info = group.model_fields[name]
+            section.add_argument(f"--{name}", help=_help(info), metavar=_metavar(info), **_arity(field, info))
+    return parser
+
+
+def _arity(annotation: str, info: FieldInfo) -> dict[str, Any]:
+    if info.annotation is bool:
+        return {"nargs": "?", "const": "True"}
+    return {"nargs": "+"} if annotation.startswith("Paths") else {}
+
+
+def _choices(info: FieldInfo) -> list[str]:
+    members = [info.annotation, *get_args(info.annotation)]
+    return [
+        str(choice)
+        for member in members
+        if getattr(member, "__origin__", None) is Literal
+        for choice in get_args(member)
+    ]
+
+
+def _metavar(info: FieldInfo) -> str:
+    if _choices(info):
+        return "/".join(_choices(info))
+    if info.annotation is bool:
+        return "True/False"
+    names = str(info.annotation)
+    return "PATH" if "tuple" in names else "INT" if "int" in names else "NUMBER" if "float" in names else "TEXT"
+
+
+def _help(info: FieldInfo) -> str:
+    default = " ".join(info.default) if isinstance(info.default, tuple) else info.default
+    shown = "" if info.default is None else f" (default: {default})"
+    return f"{info.description}{shown}".replace("%", "%%")
+
+
+def _optional(name: str) -> bool:
+    return name in Settings.model_fields and Settings.model_fields[name].default is None

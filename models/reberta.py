@@ -1,0 +1,433 @@
+"""ReBerta: Recurrent enhanced RoBERTa, a classifier for documents far longer than its encoder's 512 tokens.
+
+- windows in the encoder's own format, read in order; each document on its own
+- a gated [CLS]: what was read enters the next window through its [CLS] word embedding
+- `carry`: the last state itself (`residual`) or a memory that keeps (`gated`)
+- the window states are aggregated by the same encoder, by attention, by mean or by max
+- `num_repeats`: the document is read again with what is then known of it
+- memory levels: activations are kept, or computed again in the backward pass
+- a window whose state is not finite is left out and reported, never skipped in silence
+
+A document's logits do not depend on its batch mates, on padding or on absent windows.
+
+Shapes: B documents, b documents that still have a window, N windows, W tokens of a window, D hidden size, C classes,
+R repeats. Documents are sorted by their number of windows, so that those with a window i are the first b rows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+
+from .aggregation import AGGREGATIONS, AttentionAggregation, EncoderAggregation, masked_max, masked_mean
+from .encoder import cls_output, load_encoder, max_window_size, use_rotary_positions
+from .pipeline import CUSTOM_PIPELINES
+
+try:  # absent where transformers runs a copy of this file that it found beside saved weights
+    from utils import ConfigError
+except ImportError:
+    ConfigError = ValueError  # type: ignore[misc, assignment]
+
+INITIALIZER_RANGE = 0.02
+KEEP_BIAS = 2.2  # sigmoid(2.2) = 0.9: what a fresh gated memory keeps at each window
+
+
+class ReBertaConfig(PreTrainedConfig):
+    """What `RecurrentRoBERTa` is built from. `id2label`, `label2id` and `problem_type` are transformers' own."""
+
+    model_type = "reberta"
+
+    encoder_config: dict | PreTrainedConfig | None = None
+    window_size: int = 256
+    window_overlap: int = 0
+    max_windows: int = 16
+    num_repeats: int = 1
+    carry: str = "gated"
+    alpha: float = 0.8
+    global_alpha: float | None = None
+    gate_bias: float = 0.0
+    aggregation: str = "encoder"
+    position_encoding: str = "absolute"
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    memory_level: int | str = "auto"
+    cls_token_id: int | None = None
+    thresholds: list[float] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.encoder_config, dict):
+            self.encoder_config = AutoConfig.for_model(**self.encoder_config)
+        self.custom_pipelines = CUSTOM_PIPELINES
+        super().__post_init__(**kwargs)
+
+    def check(self, encoder: PreTrainedModel) -> None:
+        """Raises ConfigError with all that this encoder cannot do."""
+        positions = max_window_size(encoder)
+        faults = []
+        if not 4 <= self.window_size <= positions:
+            faults.append(f"window_size is {self.window_size}; this encoder takes windows of 4 to {positions} tokens")
+        if not 0 <= self.window_overlap < self.window_size - 2:
+            faults.append(f"window_overlap is {self.window_overlap}; it must leave room in {self.window_size} tokens")
+        if self.aggregation == "encoder" and self.max_windows > positions - 2:
+            faults.append(
+                f"max_windows is {self.max_windows}; aggregation by this encoder takes at most {positions - 2}: "
+                "use aggregation 'attention', 'mean' or 'max', or fewer windows"
+            )
+        for name, choices in (
+            ("carry", ("gated", "residual")),
+            ("aggregation", AGGREGATIONS),
+            ("position_encoding", ("absolute", "rope")),
+            ("memory_level", ("auto", 0, 1, 2)),
+        ):
+            if getattr(self, name) not in choices:
+                faults.append(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(repr, choices))}")
+        if faults:
+            raise ConfigError("; ".join(faults))
+
+
+class HiddenStates(NamedTuple):
+    """What the last repeat knew, and how much of what was read before it let in."""
+
+    window_states: Tensor
+    """[B, N, D]; zero where a window does not exist."""
+    document_state: Tensor
+    """[B, D]"""
+    window_gates: Tensor
+    """[R, B, N]: mean weight with which what was read before entered; 0 where nothing could enter."""
+    global_gates: Tensor
+    """[R, B]: the same for the document state of the repeat before."""
+    window_failures: Tensor
+    """[B, N] bool: windows whose state was not finite and was replaced by the one before it."""
+
+
+class ReBertaOutput(NamedTuple):
+    """`logits, hidden_states = model(...)`"""
+
+    logits: Tensor
+    """[B, C]; not a number for a document of which no window could be read."""
+    hidden_states: HiddenStates
+
+
+class Batch(NamedTuple):
+    """Documents sorted by their number of windows, existing windows in front, and the host's plan of the pass."""
+
+    input_ids: Tensor
+    """[B, N, W]"""
+    attention_mask: Tensor
+    """[B, N, W]"""
+    skip: Tensor
+    """[B, N] bool: windows that are known to fail."""
+    alive: list[int]
+    """Documents that have a window i."""
+    widths: list[int]
+    """Tokens of the longest window i."""
+    padded: list[bool]
+    """Whether any window i is shorter than that."""
+
+
+class RecurrentRoBERTa(PreTrainedModel):
+    """Windows, gates, aggregation, repeats and head.
+
+    Args:
+        config: as saved by `save_pretrained`; the encoder then has random weights until a state is loaded.
+        num_classes: classes to tell apart, with one of the following in place of `config`.
+        encoder: a name or folder (with its pretrained weights) or a transformers config object (random weights).
+        options: fields of `ReBertaConfig`.
+
+    Raises:
+        ConfigError: a window longer than the encoder's positions, and whatever else `ReBertaConfig.check` finds.
+        OSError: the encoder cannot be found.
+    """
+
+    config_class = ReBertaConfig
+    base_model_prefix = "encoder"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(
+        self,
+        config: ReBertaConfig | None = None,
+        *,
+        num_classes: int | None = None,
+        encoder: str | Path | PreTrainedConfig = "roberta-base",
+        **options: Any,
+    ) -> None:
+        pretrained = config is None
+        if config is None:
+            if num_classes is not None:
+                options["num_labels"] = num_classes
+            if not isinstance(encoder, PreTrainedConfig) and "cls_token_id" not in options:
+                options["cls_token_id"] = AutoTokenizer.from_pretrained(encoder).cls_token_id
+            config = ReBertaConfig(**options)
+            source = encoder
+        else:
+            source = config.encoder_config
+        window_encoder = load_encoder(source, config.dropout, config.attention_dropout, pretrained)
+        config.encoder_config = window_encoder.config
+        config.check(window_encoder)
+        super().__init__(config)
+        size = window_encoder.config.hidden_size
+        if window_encoder.get_input_embeddings().embedding_dim != size:
+            raise ConfigError("an encoder whose word embeddings are not of its hidden size cannot carry a state")
+        self.encoder = window_encoder
+        if config.position_encoding == "rope":
+            use_rotary_positions(self.encoder)
+        self.window_norm = nn.LayerNorm(size)
+        self.window_gate = nn.Linear(2 * size, size)
+        if config.carry == "gated":
+            self.carry_gate = nn.Linear(2 * size, size)
+        if config.num_repeats > 1:
+            self.global_norm = nn.LayerNorm(size)
+            self.global_gate = nn.Linear(2 * size, size)
+        if config.aggregation == "encoder":
+            self.aggregation: nn.Module = EncoderAggregation(config.global_alpha)
+        elif config.aggregation == "attention":
+            self.aggregation = AttentionAggregation(size)
+        self.pooler = nn.Linear(size, size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(size, config.num_labels)
+        if pretrained:
+            for module in self.encoder.modules():
+                module._is_hf_initialized = True
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """All start values of what the encoder does not bring; loaded weights are left alone."""
+        name = next((name for name, child in self.named_children() if child is module), None)
+        if name in ("window_norm", "global_norm"):
+            init.constant_(module.weight, self._cls_embedding_scale())
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            biases = {
+                "window_gate": self.config.gate_bias,
+                "global_gate": self.config.gate_bias,
+                "carry_gate": KEEP_BIAS,
+            }
+            init.normal_(module.weight, std=INITIALIZER_RANGE)
+            init.constant_(module.bias, biases.get(name or "", 0.0))
+        elif isinstance(module, (EncoderAggregation, AttentionAggregation)):
+            for parameter in module.parameters(recurse=False):
+                init.zeros_(parameter)
+
+    def _cls_embedding_scale(self) -> float:
+        embeddings = self.encoder.get_input_embeddings().weight
+        token = self.config.cls_token_id
+        return float((embeddings if token is None else embeddings[token]).float().std())
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> ReBertaOutput:
+        """Classify documents.
+
+        Args:
+            input_ids: [B, N, W], each window [CLS] ... [SEP] padded on the right.
+            attention_mask: [B, N, W], 1 for tokens; a window whose mask is all zero does not exist.
+
+        Raises:
+            ValueError: a document without any window, or more windows than the aggregation takes.
+        """
+        nothing_failed = torch.zeros_like(attention_mask[:, :, 0], dtype=torch.bool)
+        output = self._classify(input_ids, attention_mask, nothing_failed)
+        failed_BN = output.hidden_states.window_failures
+        if not failed_BN.any():
+            return output
+        # Read again without them: a replaced state still sends a gradient that is no number through the failed window.
+        exists_BN = attention_mask.any(-1)
+        first_read_BN = (exists_BN & ~failed_BN).cumsum(1) > 0
+        unreadable_B1 = ~first_read_BN.any(1, keepdim=True)
+        readable_BN1 = (first_read_BN | unreadable_B1).unsqueeze(-1)
+        logits, hidden = self._classify(input_ids, attention_mask * readable_BN1, failed_BN)
+        logits = logits.masked_fill(unreadable_B1, torch.nan)
+        return ReBertaOutput(logits, hidden._replace(window_failures=failed_BN))
+
+    def _classify(self, input_ids: Tensor, attention_mask: Tensor, skip_BN: Tensor) -> ReBertaOutput:
+        exists_BN = attention_mask.any(-1)
+        # existing windows to the front, documents with many windows first; undone at the end
+        windows_BN = torch.argsort(exists_BN.int(), dim=1, descending=True, stable=True)
+        rows_B = torch.argsort(exists_BN.sum(1), descending=True, stable=True)
+        windows_BN = windows_BN[rows_B]
+        exists_BN = exists_BN[rows_B].gather(1, windows_BN)
+        tokens_BNW = windows_BN.unsqueeze(-1).expand_as(input_ids)
+        batch = _plan(
+            input_ids[rows_B].gather(1, tokens_BNW),
+            attention_mask[rows_B].gather(1, tokens_BNW),
+            skip_BN[rows_B].gather(1, windows_BN),
+        )
+
+        document_BD: Tensor | None = None
+        window_gates, global_gates, failures = [], [], []
+        for _ in range(self.config.num_repeats):
+            states_BND, gates_BN, failed_BN, entered_B = self._read_windows(batch, document_BD)
+            document_BD = self._aggregate(batch, states_BND, exists_BN[:, : states_BND.shape[1]])
+            window_gates.append(gates_BN)
+            global_gates.append(entered_B)
+            failures.append(failed_BN)
+        assert document_BD is not None
+        logits_BC = self._head(document_BD)
+
+        back_B = torch.argsort(rows_B)
+        slots_BN = torch.argsort(windows_BN, dim=1)[back_B]
+
+        def in_place(values_BN: Tensor) -> Tensor:
+            padded_BN = nn.functional.pad(values_BN, (0, slots_BN.shape[1] - values_BN.shape[1]))
+            return padded_BN[back_B].gather(1, slots_BN)
+
+        padded_BND = nn.functional.pad(states_BND, (0, 0, 0, slots_BN.shape[1] - states_BND.shape[1]))
+        hidden_states = HiddenStates(
+            window_states=padded_BND[back_B].gather(1, slots_BN.unsqueeze(-1).expand_as(padded_BND)),
+            document_state=document_BD[back_B],
+            window_gates=torch.stack([in_place(gates_BN) for gates_BN in window_gates]),
+            global_gates=torch.stack([entered_B[back_B] for entered_B in global_gates]),
+            window_failures=in_place(torch.stack(failures).any(0)),
+        )
+        return ReBertaOutput(logits_BC[back_B], hidden_states)
+
+    def _read_windows(self, batch: Batch, document_BD: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """One pass over the windows: states [B, N, D], gates [B, N], failures [B, N], and the global gate [B]."""
+        windows = len(batch.alive)
+        level = self.memory_level(windows) if torch.is_grad_enabled() else 0
+        stride = {0: windows, 1: 2, 2: 1}[level]
+        carried = document_BD if self.config.carry == "gated" else None
+        previous: Tensor | None = None
+        states, gates, failed = [], [], []
+        for start in range(0, windows, stride):
+            chunk = range(start, min(start + stride, windows))
+            arguments = (batch, chunk, carried, previous, document_BD, level == 2)
+            read = (
+                checkpoint(self._read_chunk, *arguments, use_reentrant=False) if level else self._read_chunk(*arguments)
+            )
+            chunk_states, chunk_gates, chunk_failed, carried = read
+            previous = chunk_states[-1]
+            states += chunk_states
+            gates += chunk_gates
+            failed += chunk_failed
+        batch_size = batch.alive[0]
+        states_BND = torch.stack([nn.functional.pad(s, (0, 0, 0, batch_size - len(s))) for s in states], dim=1)
+        gates_BN = torch.stack([nn.functional.pad(g, (0, batch_size - len(g))) for g in gates], dim=1)
+        failed_BN = torch.stack([nn.functional.pad(f, (0, batch_size - len(f))) for f in failed], dim=1)
+        entered_B = gates_BN[:, 0]
+        gates_BN = torch.cat([torch.zeros_like(gates_BN[:, :1]), gates_BN[:, 1:]], dim=1)
+        return states_BND, gates_BN, failed_BN, entered_B
+
+    def _read_chunk(
+        self,
+        batch: Batch,
+        chunk: range,
+        carried: Tensor | None,
+        previous: Tensor | None,
+        document_BD: Tensor | None,
+        recompute_layers: bool,
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor | None]:
+        """The windows of `chunk` in order: their states, gates and failures, and what is carried on."""
+        states, gates, failed = [], [], []
+        for i in chunk:
+            b, width = batch.alive[i], batch.widths[i]
+            embeds_bWD = self.encoder.get_input_embeddings()(batch.input_ids[:b, i, :width])
+            mask_bW = batch.attention_mask[:b, i, :width] if batch.padded[i] else None
+            cls_bD = embeds_bWD[:, 0].float()
+            carried = carried[:b] if carried is not None else None
+            if i > 0 and carried is not None:
+                fused_bD, gate_b = self._let_in(cls_bD, carried, self.window_norm, self.window_gate)
+            elif document_BD is not None:
+                fused_bD, gate_b = self._let_in(cls_bD, document_BD, self.global_norm, self.global_gate)
+            else:
+                fused_bD, gate_b = cls_bD, torch.zeros_like(cls_bD[:, 0])
+            entered = i > 0 or document_BD is not None
+            embeds_bWD = torch.cat([fused_bD.to(embeds_bWD.dtype).unsqueeze(1), embeds_bWD[:, 1:]], dim=1)
+            state_bD = cls_output(self.encoder, embeds_bWD, mask_bW, recompute_layers=recompute_layers).float()
+            if entered and self.config.carry == "residual":
+                state_bD = self.config.alpha * state_bD + (1 - self.config.alpha) * fused_bD
+            finite_b = state_bD.isfinite().all(-1) & ~batch.skip[:b, i]
+            fallback_bD = previous[:b] if previous is not None else torch.zeros_like(state_bD)
+            state_bD = torch.where(finite_b.unsqueeze(-1), state_bD, fallback_bD)
+            carried = self._carry_on(carried, state_bD)
+            previous = state_bD
+            states.append(state_bD)
+            gates.append(gate_b.detach() if not gate_b.requires_grad else gate_b)
+            failed.append(~finite_b)
+        return states, gates, failed, carried
+
+    def _let_in(self, cls_bD: Tensor, carried_bD: Tensor, norm: nn.Module, gate: nn.Module) -> tuple[Tensor, Tensor]:
+        """p = norm(s); z = sigmoid(gate([c ; p])); fused = (1 - z) c + z p. Returns fused [b, D] and mean z [b]."""
+        with torch.autocast(cls_bD.device.type, enabled=False):
+            injected_bD = norm(carried_bD)
+            z_bD = torch.sigmoid(gate(torch.cat([cls_bD, injected_bD], dim=-1)))
+            return (1 - z_bD) * cls_bD + z_bD * injected_bD, z_bD.mean(-1)
+
+    def _carry_on(self, carried_bD: Tensor | None, state_bD: Tensor) -> Tensor:
+        """residual: s(i). gated: m(i) = k m(i-1) + (1 - k) s(i), k = sigmoid(carry_gate([s(i) ; m(i-1)]))."""
+        if carried_bD is None or self.config.carry == "residual":
+            return state_bD
+        with torch.autocast(state_bD.device.type, enabled=False):
+            keep_bD = torch.sigmoid(self.carry_gate(torch.cat([state_bD, carried_bD], dim=-1)))
+            return keep_bD * carried_bD + (1 - keep_bD) * state_bD
+
+    def _aggregate(self, batch: Batch, states_BND: Tensor, exists_BN: Tensor) -> Tensor:
+        """Document states [B, D], in fp32 under autocast."""
+        with torch.autocast(states_BND.device.type, enabled=False):
+            if self.config.aggregation == "mean":
+                return masked_mean(states_BND, exists_BN)
+            if self.config.aggregation == "max":
+                return masked_max(states_BND, exists_BN)
+            if self.config.aggregation == "attention":
+                return self.aggregation(states_BND, exists_BN)
+            first_ids = batch.input_ids[:, 0]
+            last_token_B = batch.attention_mask[:, 0].sum(1, keepdim=True) - 1
+            embed = self.encoder.get_input_embeddings()
+            cls_B1D = embed(first_ids[:, :1])
+            sep_B1D = embed(first_ids.gather(1, last_token_B))
+            recompute = torch.is_grad_enabled() and self.memory_level(len(batch.alive)) == 2
+            return self.aggregation(
+                states_BND,
+                self.window_norm(states_BND),
+                exists_BN,
+                cls_B1D,
+                sep_B1D,
+                lambda embeds, mask: cls_output(self.encoder, embeds, mask, recompute_layers=recompute),
+            )
+
+    def _head(self, document_BD: Tensor) -> Tensor:
+        pooled_BD = torch.tanh(self.pooler(self.dropout(document_BD)))
+        return self.classifier(self.dropout(pooled_BD))
+
+    def memory_level(self, windows: int) -> int:
+        """The configured level, or by the number of windows: 0 below 8, 1 below 32, then 2."""
+        if self.config.memory_level != "auto":
+            return int(self.config.memory_level)
+        return 0 if windows < 8 else 1 if windows < 32 else 2
+
+
+def _plan(input_ids: Tensor, attention_mask: Tensor, skip: Tensor) -> Batch:
+    """Count once, on the host, what each step of the pass needs; a skipped window is reduced to its first token."""
+    input_ids = torch.where(skip.unsqueeze(-1), input_ids[:, :, :1], input_ids)
+    first_only = torch.arange(input_ids.shape[2], device=input_ids.device) == 0
+    attention_mask = torch.where(skip.unsqueeze(-1), attention_mask * first_only, attention_mask)
+    positions_W = torch.arange(1, input_ids.shape[2] + 1, device=input_ids.device)
+    ends_BN = (attention_mask.ne(0) * positions_W).amax(-1)
+    ends, counts = torch.stack([ends_BN, attention_mask.ne(0).sum(-1)]).tolist()
+    if any(row[0] == 0 for row in ends):
+        raise ValueError("a document of the batch has no window: every row needs at least one token in its mask")
+    windows = max(sum(end > 0 for end in row) for row in ends)
+    alive = [sum(row[i] > 0 for row in ends) for i in range(windows)]
+    widths = [max(row[i] for row in ends) for i in range(windows)]
+    padded = [
+        any(row[i] != width for row in counts[:b]) for i, (b, width) in enumerate(zip(alive, widths, strict=True))
+    ]
+    return Batch(input_ids, attention_mask, skip, alive, widths, padded)
+
+
+AutoConfig.register(ReBertaConfig.model_type, ReBertaConfig, exist_ok=True)
+AutoModelForSequenceClassification.register(ReBertaConfig, RecurrentRoBERTa, exist_ok=True)
+ReBertaConfig.register_for_auto_class()
+RecurrentRoBERTa.register_for_auto_class("AutoModelForSequenceClassification")

@@ -1,0 +1,35 @@
+"""Random documents for the tests of the model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from models.reberta import RecurrentRoBERTa
+from tests.conftest import VOCABULARY
+
+CLS, SEP, PAD = 2, 3, 1
+
+
+def documents(lengths: list[list[int]], window_size: int = 12) -> tuple[Tensor, Tensor]:
+    """`input_ids` and `attention_mask` [B, N, W] of random documents; a length counts [CLS] and [SEP]."""
+    windows = max(map(len, lengths))
+    input_ids = torch.full((len(lengths), windows, window_size), PAD)
+    mask = torch.zeros(len(lengths), windows, window_size, dtype=torch.long)
+    for row, document in enumerate(lengths):
+        for window, length in enumerate(document):
+            content = torch.randint(5, VOCABULARY, (length - 2,))
+            input_ids[row, window, :length] = torch.cat([torch.tensor([CLS]), content, torch.tensor([SEP])])
+            mask[row, window, :length] = 1
+    return input_ids, mask
+
+
+def build(encoder, **options) -> RecurrentRoBERTa:
+    """A model in eval mode whose gates, norms and learned scalar are away from their start values."""
+    defaults = {"num_classes": 3, "window_size": 12, "max_windows": 8, "dropout": 0.0, "cls_token_id": CLS}
+    model = RecurrentRoBERTa(encoder=encoder, **{**defaults, **options})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if not name.startswith("encoder."):
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model.eval()

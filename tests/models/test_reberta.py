@@ -1,0 +1,290 @@
+"""The model's promises, with numbers, for a RoBERTa-shaped and a BERT-shaped encoder."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModel, DistilBertConfig
+
+from models.reberta import HiddenStates, RecurrentRoBERTa
+from tests.conftest import VOCABULARY, WIDTH, tiny_encoder
+from tests.models.conftest import CLS, build, documents
+from tests.models.twin import twin_logits
+from utils import ConfigError
+
+LENGTHS = [[12, 12, 12, 7], [12, 4], [12, 12, 12, 12, 12, 9], [8]]
+
+
+@pytest.mark.parametrize("num_repeats", [1, 2])
+@pytest.mark.parametrize("carry", ["gated", "residual"])
+@pytest.mark.parametrize("aggregation", ["encoder", "attention", "mean", "max"])
+def test_equals_the_slow_twin(encoder_config, carry, aggregation, num_repeats):
+    model = build(encoder_config, carry=carry, aggregation=aggregation, num_repeats=num_repeats)
+    input_ids, mask = documents(LENGTHS)
+    logits, _ = model(input_ids=input_ids, attention_mask=mask)
+    torch.testing.assert_close(logits, twin_logits(model, input_ids, mask), atol=1e-5, rtol=0)
+    assert logits.std() > 0.05
+
+
+@pytest.mark.parametrize("carry", ["gated", "residual"])
+def test_gradients_equal_the_slow_twins(encoder_config, carry):
+    model = build(encoder_config, carry=carry, num_repeats=2)
+    input_ids, mask = documents(LENGTHS)
+    ours = _gradients(model, lambda: model(input_ids=input_ids, attention_mask=mask).logits)
+    theirs = _gradients(model, lambda: twin_logits(model, input_ids, mask))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def _gradients(model, forward) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    forward().square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("carry", ["gated", "residual"])
+def test_logits_do_not_depend_on_batch_padding_or_order(encoder_config, carry):
+    model = build(encoder_config, carry=carry, num_repeats=2)
+    input_ids, mask = documents(LENGTHS)
+    together = model(input_ids=input_ids, attention_mask=mask).logits
+    for row, lengths in enumerate(LENGTHS):
+        windows, width = len(lengths), max(lengths)
+        alone = model(
+            input_ids=input_ids[row : row + 1, :windows, :width], attention_mask=mask[row : row + 1, :windows, :width]
+        ).logits
+        torch.testing.assert_close(alone[0], together[row], atol=1e-5, rtol=0)
+    order = [2, 0, 3, 1]
+    absent = torch.zeros(4, 3, 12, dtype=torch.long)
+    shuffled = model(
+        input_ids=torch.cat([input_ids[order], absent], dim=1), attention_mask=torch.cat([mask[order], absent], dim=1)
+    )
+    torch.testing.assert_close(shuffled.logits, together[order], atol=1e-5, rtol=0)
+
+
+def test_absent_windows_may_stand_anywhere(encoder_config):
+    model = build(encoder_config)
+    input_ids, mask = documents([[12, 12, 12]])
+    expected = model(input_ids=input_ids, attention_mask=mask)
+    gap = torch.zeros(1, 1, 12, dtype=torch.long)
+    got = model(
+        input_ids=torch.cat([gap, input_ids[:, :1], gap, input_ids[:, 1:]], dim=1),
+        attention_mask=torch.cat([gap, mask[:, :1], gap, mask[:, 1:]], dim=1),
+    )
+    torch.testing.assert_close(got.logits, expected.logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        got.hidden_states.window_states[:, [1, 3, 4]], expected.hidden_states.window_states, atol=1e-5, rtol=0
+    )
+    assert got.hidden_states.window_states[:, [0, 2]].abs().sum() == 0
+
+
+def test_one_window_equals_transformers_own_cls(encoder_config):
+    model = RecurrentRoBERTa(num_classes=3, encoder=encoder_config, window_size=12).eval()
+    input_ids, mask = documents([[12], [9]])
+    _, hidden = model(input_ids=input_ids, attention_mask=mask)
+    reference = AutoModel.from_config(encoder_config, add_pooling_layer=False).eval()
+    reference.load_state_dict(model.encoder.state_dict())
+    expected = reference(input_ids=input_ids[:, 0], attention_mask=mask[:, 0]).last_hidden_state[:, 0]
+    torch.testing.assert_close(hidden.window_states[:, 0], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(hidden.document_state, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("carry", ["gated", "residual"])
+def test_what_was_read_reaches_the_last_window(encoder_config, carry):
+    model = build(encoder_config, carry=carry)
+    before, after = _states_around_a_change(model, window=0)
+    assert (after[0, -1] - before[0, -1]).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("carry", ["gated", "residual"])
+def test_the_last_window_reaches_the_first_only_by_a_repeat(encoder_config, carry):
+    before, after = _states_around_a_change(build(encoder_config, carry=carry, num_repeats=1), window=3)
+    assert torch.equal(before[0, 0], after[0, 0])
+    before, after = _states_around_a_change(build(encoder_config, carry=carry, num_repeats=2), window=3)
+    assert (after[0, 0] - before[0, 0]).abs().max() > 1e-6
+
+
+def _states_around_a_change(model, window: int) -> tuple[torch.Tensor, torch.Tensor]:
+    input_ids, mask = documents([[12, 12, 12, 12]])
+    changed = input_ids.clone()
+    changed[0, window, 3] = (changed[0, window, 3] + 7) % VOCABULARY
+    return tuple(model(input_ids=ids, attention_mask=mask).hidden_states.window_states for ids in (input_ids, changed))
+
+
+def test_a_gradient_reaches_window_0_from_the_last(encoder_config):
+    model = build(encoder_config)
+    input_ids, mask = documents([[12, 12, 12, 12]])
+    input_ids[0, 0, 4] = 4  # stands nowhere else
+    model(input_ids=input_ids, attention_mask=mask).hidden_states.window_states[0, -1, 0].backward()
+    assert model.encoder.get_input_embeddings().weight.grad[4].abs().max() > 0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("carry", ["gated", "residual"])
+def test_memory_levels_give_the_same_gradients(encoder_config, carry, dropout):
+    model = build(encoder_config, carry=carry, num_repeats=2, dropout=dropout).train()
+    input_ids, mask = documents(LENGTHS)
+    gradients = []
+    for level in (0, 1, 2):
+        model.config.memory_level = level
+        torch.manual_seed(7)
+        gradients.append(_gradients(model, lambda: model(input_ids=input_ids, attention_mask=mask).logits))
+    for name, expected in gradients[0].items():
+        for other in gradients[1:]:
+            torch.testing.assert_close(other[name], expected, atol=1e-5, rtol=1e-5, msg=name)
+
+
+def test_memory_level_auto_goes_by_the_number_of_windows(encoder_config):
+    model = build(encoder_config)
+    assert [model.memory_level(n) for n in (1, 7, 8, 31, 32, 500)] == [0, 0, 1, 1, 2, 2]
+
+
+def test_recomputation_keeps_fewer_activations(encoder_config):
+    input_ids, mask = documents([[12] * 8])
+    saved = {}
+    for level in (0, 1, 2):
+        model = build(encoder_config, memory_level=level).train()
+        elements = 0
+
+        def pack(tensor):
+            nonlocal elements
+            elements += tensor.numel() if not isinstance(tensor, torch.nn.Parameter) else 0
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(input_ids=input_ids, attention_mask=mask)
+        saved[level] = elements
+    assert saved[1] < saved[0] / 2
+    assert saved[2] < saved[0] / 2
+
+
+@pytest.mark.parametrize("carry", ["gated", "residual"])
+@pytest.mark.parametrize("aggregation", ["encoder", "attention", "mean", "max"])
+def test_every_parameter_gets_a_gradient(encoder_config, carry, aggregation):
+    model = build(encoder_config, carry=carry, aggregation=aggregation, num_repeats=2)
+    input_ids, mask = documents(LENGTHS)
+    gradients = _gradients(model, lambda: model(input_ids=input_ids, attention_mask=mask).logits)
+    assert gradients.keys() == dict(model.named_parameters()).keys()
+    dead = [n for n, g in gradients.items() if not g.abs().sum() > 0 and not n.endswith("key.bias")]
+    assert dead == []
+
+
+def test_fresh_model_is_its_own_mean_of_windows(encoder_config):
+    model = RecurrentRoBERTa(num_classes=3, encoder=encoder_config, window_size=12).eval()
+    hidden = model(*documents([[12, 12, 5]])).hidden_states
+    torch.testing.assert_close(hidden.document_state, hidden.window_states.mean(1), atol=1e-6, rtol=0)
+
+
+def test_start_values(encoder_config):
+    model = RecurrentRoBERTa(
+        num_classes=10, encoder=encoder_config, window_size=12, num_repeats=2, gate_bias=-2.0, cls_token_id=CLS
+    )
+    scale = model.encoder.get_input_embeddings().weight[CLS].std()
+    for norm in (model.window_norm, model.global_norm):
+        torch.testing.assert_close(norm.weight, scale.expand(WIDTH))
+        assert norm.bias.abs().sum() == 0
+    assert model.window_gate.bias.unique().tolist() == model.global_gate.bias.unique().tolist() == [-2.0]
+    assert torch.sigmoid(model.carry_gate.bias).mean().item() == pytest.approx(0.9, abs=0.01)
+    assert model.pooler.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert model.classifier.out_features == 10
+
+
+def test_gates_report_the_mean_weight_of_what_entered(encoder_config):
+    model = build(encoder_config, num_repeats=2)
+    hidden = model(*documents([[12, 12, 12], [9]])).hidden_states
+    assert isinstance(hidden, HiddenStates)
+    assert hidden.window_gates.shape == (2, 2, 3)
+    assert hidden.global_gates.shape == (2, 2)
+    assert hidden.window_gates[:, :, 0].abs().sum() == 0
+    assert hidden.window_gates[:, 1].abs().sum() == 0
+    assert hidden.global_gates[0].abs().sum() == 0
+    for gates in (hidden.window_gates[:, 0, 1:], hidden.global_gates[1]):
+        assert ((gates > 0) & (gates < 1)).all()
+
+
+def test_gates_norms_and_aggregation_stay_in_fp32_under_autocast(encoder_config):
+    model = build(encoder_config, num_repeats=2).train()
+    seen: dict[str, list[torch.dtype]] = {"float": [], "encoder": []}
+    for name in ("window_gate", "window_norm", "global_gate", "global_norm", "carry_gate"):
+        model.get_submodule(name).register_forward_hook(lambda _, inputs, out: seen["float"].append(out.dtype))
+    model.encoder.encoder.layer[0].intermediate.register_forward_hook(lambda _, i, out: seen["encoder"].append(out.dtype))
+    input_ids, mask = documents(LENGTHS)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits, hidden = model(input_ids=input_ids, attention_mask=mask)
+    assert set(seen["float"]) == {torch.float32}
+    # per repeat: six windows in bf16, then the aggregation in fp32
+    assert seen["encoder"] == ([torch.bfloat16] * 6 + [torch.float32]) * 2
+    assert hidden.window_states.dtype == hidden.document_state.dtype == torch.float32
+    exact = model(input_ids=input_ids, attention_mask=mask).logits
+    assert (logits.float() - exact).norm() / exact.norm() < 2e-2
+
+
+def test_rotary_positions_are_relative(encoder_config):
+    model = build(encoder_config, position_encoding="rope")
+    input_ids, mask = documents(LENGTHS)
+    logits, _ = model(input_ids=input_ids, attention_mask=mask)
+    torch.testing.assert_close(logits, twin_logits(model, input_ids, mask), atol=1e-5, rtol=0)
+    assert model.encoder.embeddings.position_embeddings.weight.abs().sum() == 0
+    swapped = input_ids.clone()
+    swapped[:, 0, [3, 4]] = swapped[:, 0, [4, 3]]
+    assert (model(input_ids=swapped, attention_mask=mask).logits - logits).abs().max() > 1e-4
+
+
+def test_rotary_attention_scores_depend_on_distance_alone():
+    from models.encoder import _rotate
+
+    query, key = torch.randn(2, 1, 1, 1, 8)
+    rotated_query, rotated_key = _rotate(query.expand(1, 1, 10, 8)), _rotate(key.expand(1, 1, 10, 8))
+    scores = (rotated_query @ rotated_key.transpose(-1, -2))[0, 0]
+    for offset in range(1, 5):
+        diagonal = scores.diagonal(offset)
+        torch.testing.assert_close(diagonal, diagonal[0].expand_as(diagonal), atol=1e-5, rtol=1e-5)
+    assert (scores[0, 1] - scores[0, 4]).abs() > 1e-4
+
+
+def test_an_encoder_of_another_shape_is_called_whole():
+    encoder = DistilBertConfig(vocab_size=VOCABULARY, dim=WIDTH, n_layers=2, n_heads=4, hidden_dim=64)
+    model = build(encoder)
+    input_ids, mask = documents(LENGTHS)
+    logits, _ = model(input_ids=input_ids, attention_mask=mask)
+    torch.testing.assert_close(logits, twin_logits(model, input_ids, mask), atol=1e-5, rtol=0)
+
+
+def test_eager_attention_gives_the_same(encoder_config):
+    model = build(encoder_config)
+    input_ids, mask = documents(LENGTHS)
+    expected = model(input_ids=input_ids, attention_mask=mask).logits
+    model.encoder.set_attn_implementation("eager")
+    got = model(input_ids=input_ids, attention_mask=mask).logits
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window_size": 65}, "window_size is 65; this encoder takes windows of 4 to 64 tokens"),
+        ({"window_size": 16, "max_windows": 63}, "takes at most 62"),
+        ({"window_size": 16, "window_overlap": 14}, "window_overlap is 14"),
+        ({"window_size": 16, "carry": "open"}, "carry is 'open'"),
+    ],
+)
+def test_what_the_encoder_cannot_do_is_a_config_error(encoder_config, options, message):
+    with pytest.raises(ConfigError, match=message):
+        RecurrentRoBERTa(num_classes=2, encoder=encoder_config, **options)
+
+
+def test_roberta_takes_512_tokens_not_514():
+    encoder = tiny_encoder("roberta")
+    encoder.max_position_embeddings = 514
+    RecurrentRoBERTa(num_classes=2, encoder=encoder, window_size=512, max_windows=510)
+    with pytest.raises(ConfigError, match="4 to 512 tokens"):
+        RecurrentRoBERTa(num_classes=2, encoder=encoder, window_size=513)
+    with pytest.raises(ConfigError, match="at most 510"):
+        RecurrentRoBERTa(num_classes=2, encoder=encoder, window_size=512, max_windows=511)
+
+
+def test_a_document_without_windows_is_refused(encoder_config):
+    input_ids, mask = documents([[12], [12]])
+    mask[1] = 0
+    with pytest.raises(ValueError, match="no window"):
+        build(encoder_config)(input_ids=input_ids, attention_mask=mask)

@@ -1,0 +1,58 @@
+"""A window whose state is not finite: left out, reported, and without a trace in the gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.models.conftest import build, documents
+
+POISON = 4
+
+
+@pytest.fixture(params=["gated", "residual"])
+def poisoned(request, encoder_config):
+    """A model that overflows wherever token 4 stands."""
+    model = build(encoder_config, carry=request.param, num_repeats=2)
+    with torch.no_grad():
+        model.encoder.get_input_embeddings().weight[POISON] = torch.inf
+    return model
+
+
+def test_the_document_goes_on_with_its_previous_state(poisoned):
+    input_ids, mask = documents([[12, 12, 12, 12], [12, 9]])
+    input_ids[0, 2, 5] = POISON
+    logits, hidden = poisoned(input_ids=input_ids, attention_mask=mask)
+    assert hidden.window_failures.nonzero().tolist() == [[0, 2]]
+    assert torch.equal(hidden.window_states[0, 2], hidden.window_states[0, 1])
+    assert logits.isfinite().all()
+    healthy = poisoned(input_ids=input_ids[1:], attention_mask=mask[1:]).logits
+    torch.testing.assert_close(logits[1:], healthy, atol=1e-5, rtol=0)
+
+
+def test_a_first_window_that_fails_does_not_exist(poisoned):
+    input_ids, mask = documents([[12, 12, 12]])
+    expected = poisoned(input_ids=input_ids[:, 1:], attention_mask=mask[:, 1:]).logits
+    input_ids[0, 0, 5] = POISON
+    logits, hidden = poisoned(input_ids=input_ids, attention_mask=mask)
+    assert hidden.window_failures.tolist() == [[True, False, False]]
+    torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+
+
+def test_a_document_of_which_nothing_can_be_read_has_no_logits(poisoned):
+    input_ids, mask = documents([[12, 12], [12, 12]])
+    input_ids[0, :, 5] = POISON
+    logits, hidden = poisoned(input_ids=input_ids, attention_mask=mask)
+    assert hidden.window_failures.tolist() == [[True, True], [False, False]]
+    assert logits[0].isnan().all()
+    assert logits[1].isfinite().all()
+
+
+def test_gradients_stay_finite(poisoned):
+    input_ids, mask = documents([[12, 12, 12, 12], [12, 9]])
+    input_ids[0, 0, 5] = input_ids[0, 2, 5] = POISON
+    poisoned.train()
+    poisoned(input_ids=input_ids, attention_mask=mask).logits.sum().backward()
+    gradients = {name: p.grad for name, p in poisoned.named_parameters() if p.grad is not None}
+    assert len(gradients) > 30
+    assert [name for name, gradient in gradients.items() if not gradient.isfinite().all()] == []

@@ -1,0 +1,67 @@
+"""The slow, obvious twin of `RecurrentRoBERTa.forward`: one document, one window, one whole encoder call at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from models.reberta import RecurrentRoBERTa
+
+
+def twin_logits(model: RecurrentRoBERTa, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    rows = [
+        _document(model, [(ids[m == 1]) for ids, m in zip(row, mask, strict=True) if m.any()])
+        for row, mask in zip(input_ids, attention_mask, strict=True)
+    ]
+    return torch.stack(rows)
+
+
+def _document(model: RecurrentRoBERTa, windows: list[Tensor]) -> Tensor:
+    document = None
+    for _ in range(model.config.num_repeats):
+        states = _states(model, windows, document)
+        document = _aggregate(model, windows, states)
+    return model.classifier(torch.tanh(model.pooler(document)))
+
+
+def _states(model: RecurrentRoBERTa, windows: list[Tensor], document: Tensor | None) -> list[Tensor]:
+    states: list[Tensor] = []
+    memory = document if model.config.carry == "gated" else None
+    for i, window in enumerate(windows):
+        embeds = model.encoder.get_input_embeddings()(window)
+        cls = embeds[0]
+        entering = memory if i > 0 else document
+        if entering is not None:
+            gate, norm = (
+                (model.window_gate, model.window_norm) if i > 0 else (model.global_gate, model.global_norm)
+            )
+            injected = norm(entering)
+            z = torch.sigmoid(gate(torch.cat([cls, injected])))
+            cls = (1 - z) * cls + z * injected
+            embeds = torch.cat([cls[None], embeds[1:]])
+        state = model.encoder(inputs_embeds=embeds[None]).last_hidden_state[0, 0]
+        if entering is not None and model.config.carry == "residual":
+            state = model.config.alpha * state + (1 - model.config.alpha) * cls
+        if model.config.carry == "gated" and memory is not None:
+            keep = torch.sigmoid(model.carry_gate(torch.cat([state, memory])))
+            memory = keep * memory + (1 - keep) * state
+        else:
+            memory = state
+        states.append(state)
+    return states
+
+
+def _aggregate(model: RecurrentRoBERTa, windows: list[Tensor], states: list[Tensor]) -> Tensor:
+    stacked = torch.stack(states)
+    if model.config.aggregation == "mean":
+        return stacked.mean(0)
+    if model.config.aggregation == "max":
+        return stacked.amax(0)
+    if model.config.aggregation == "attention":
+        scores = torch.tanh(model.aggregation.projection(stacked)) @ model.aggregation.query
+        return scores.softmax(0) @ stacked
+    embed = model.encoder.get_input_embeddings()
+    sequence = torch.cat([embed(windows[0][:1]), model.window_norm(stacked), embed(windows[0][-1:])])
+    g = model.encoder(inputs_embeds=sequence[None]).last_hidden_state[0, 0]
+    a = model.aggregation.alpha
+    return a * g + (1 - a) * stacked.mean(0)

@@ -1,0 +1,240 @@
+"""What every stage shares: errors with their exit codes, stage decorators, logging, files, device and memory.
+
+- errors: `ReBertaError` and its family; each class carries the exit code that `main` returns
+- `error_handler`, `validate_params`: decorators for stages (load data, build model, fit, evaluate, save)
+- `setup_logging`: one format, to the console and, where asked, to a file
+- `atomic_path`: a file is written under a temporary name and moved into place
+- `get_device`, `mixed_precision_type`: where to compute, and in what
+- `limit_gpu_memory`, `clean_gpu_memory`, `log_gpu_usage`: the GPU's memory; they do nothing on a CPU
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+import torch
+import transformers
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+logger = logging.getLogger("reberta")
+
+
+class ReBertaError(Exception):
+    """An expected failure. Its message says what is wrong, where, and what to do next."""
+
+    exit_code = 1
+
+
+class ConfigError(ReBertaError, ValueError):
+    """Options or configuration."""
+
+    exit_code = 2
+
+
+class DataError(ReBertaError):
+    """The documents."""
+
+    exit_code = 3
+
+
+class DataFormatError(DataError):
+    """A document that breaks the format; the message opens with `file:line`."""
+
+
+class DataLoadError(DataError):
+    """A file that cannot be read at all."""
+
+
+class ModelError(ReBertaError):
+    """An encoder or a checkpoint."""
+
+    exit_code = 4
+
+
+class TrainingError(ReBertaError):
+    """Training went wrong: a loss that is not finite, too many failed windows."""
+
+    exit_code = 5
+
+
+class ResourceError(ReBertaError):
+    """Memory or disk."""
+
+    exit_code = 6
+
+
+def error_handler(
+    error_type: type[ReBertaError] = ReBertaError, reraise: bool = True
+) -> Callable[[Callable[P, R]], Callable[P, R | None]]:
+    """Wrap a stage so that whatever it raises is one of our errors.
+
+    Our own errors pass through with a note that names the stage; a full disk or exhausted memory becomes a
+    `ResourceError`; anything else becomes `error_type`, raised `from` the original. With `reraise=False` the stage
+    returns None instead of raising (for stages whose failure must not end the run, such as a figure).
+    """
+
+    def decorate(stage: Callable[P, R]) -> Callable[P, R | None]:
+        name = getattr(stage, "__name__", "stage")
+
+        @functools.wraps(stage)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> R | None:
+            try:
+                return stage(*args, **kwargs)
+            except ReBertaError as error:
+                error.add_note(f"in stage {name}")
+                if reraise:
+                    raise
+            except Exception as error:
+                if reraise:
+                    kind, message = _classify(error, error_type)
+                    raise kind(f"{name}: {message}") from error
+            return None
+
+        return wrapped
+
+    return decorate
+
+
+def _classify(error: Exception, error_type: type[ReBertaError]) -> tuple[type[ReBertaError], str]:
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return ResourceError, f"out of memory ({error}); lower --batch_size or raise --memory_level"
+    if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
+        return ResourceError, f"the disk is full ({error}); free some space, what was saved before is intact"
+    return error_type, f"{type(error).__name__}: {error}"
+
+
+def validate_params(**types: type | tuple[type, ...]) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Check the types of a stage's arguments, e.g. `@validate_params(batch_size=int)`.
+
+    A name that the stage does not have raises TypeError when it decorates; at the call, all wrong arguments are
+    reported in one ConfigError. A bool is not an int here. None passes where it is the parameter's default.
+    """
+
+    def decorate(stage: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(stage)
+        unknown = sorted(set(types) - set(signature.parameters))
+        if unknown:
+            raise TypeError(f"validate_params: {stage.__name__} has no parameter {', '.join(unknown)}")
+
+        @functools.wraps(stage)
+        def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+            given = signature.bind(*args, **kwargs).arguments
+            faults = []
+            for name, expected in types.items():
+                if name not in given or (given[name] is None and signature.parameters[name].default is None):
+                    continue
+                allowed = expected if isinstance(expected, tuple) else (expected,)
+                value = given[name]
+                if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+                    wanted = " or ".join(t.__name__ for t in allowed)
+                    faults.append(f"{name} must be {wanted}, not {type(value).__name__} ({value!r})")
+            if faults:
+                raise ConfigError(f"{stage.__name__}: " + "; ".join(faults))
+            return stage(*args, **kwargs)
+
+        return wrapped
+
+    return decorate
+
+
+def setup_logging(level: str = "INFO", log_file: str | Path | None = None) -> logging.Logger:
+    """Send the `reberta` logger to stderr and, where given, append it to `log_file`. May be called again."""
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    if log_file is not None:
+        Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        logger.addHandler(handler)
+    logger.setLevel(level)
+    logger.propagate = False
+    return logger
+
+
+def quiet_libraries(level: str) -> None:
+    """Leave the console to us: libraries report warnings only, and draw no bars of their own."""
+    if level != "DEBUG":
+        transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", module="torch|transformers|accelerate")
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; it becomes `path` when the block ends well and vanishes otherwise."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def get_device(name: str | None = None) -> torch.device:
+    """The device called `name`, or the GPU where there is one. Raises ConfigError for a GPU that is not there."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: this machine has no usable GPU; leave --device out, or say --device cpu")
+    return device
+
+
+def mixed_precision_type(wanted: str, device: torch.device) -> str:
+    """The 16-bit type that `device` computes in: bf16 gives way to fp16 on a GPU without it, fp16 to bf16 on a CPU."""
+    if wanted == "fp16" and device.type == "cpu":
+        logger.warning("--mixed_precision_type fp16: CPUs compute in bf16, so bf16 it is")
+        return "bf16"
+    if wanted == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        logger.warning("--mixed_precision_type bf16: this GPU does not have it, so fp16 it is")
+        return "fp16"
+    return wanted
+
+
+def limit_gpu_memory(fraction: float | None) -> None:
+    """Let this process use at most `fraction` of its GPU's memory."""
+    if fraction is not None and torch.cuda.is_available():
+        torch.cuda.set_per_process_memory_fraction(fraction)
+
+
+def clean_gpu_memory() -> None:
+    """Give cached, unused GPU memory back to the driver."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def log_gpu_usage() -> None:
+    """Log allocated, reserved and total memory of each GPU."""
+    for index in range(torch.cuda.device_count()):
+        total = torch.cuda.get_device_properties(index).total_memory
+        logger.info(
+            "GPU %d: %.2f GiB allocated, %.2f GiB reserved, %.2f GiB in all",
+            index,
+            torch.cuda.memory_allocated(index) / 2**30,
+            torch.cuda.memory_reserved(index) / 2**30,
+            total / 2**30,
+        )
