@@ -1,0 +1,187 @@
+"""Saving and loading: the folder, the one file, transformers' own ways, and files from strangers."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+from models.checkpoint import is_checkpoint, load_checkpoint_tokenizer, load_model_and_config, save_checkpoint
+from models.reberta import RecurrentRoBERTa
+from tests.models.conftest import CLS, PAD, SEP, build, documents
+from utils import ModelError
+
+LABELS = ["dull", "bright", "odd"]
+SETTINGS = {"window_size": 12, "problem_type": "single_label", "label_column": "label"}
+FILES = {
+    *("config.json", "model.safetensors", "model.pt", "settings.json", "tokenizer.json", "tokenizer_config.json"),
+    *("reberta.py", "encoder.py", "aggregation.py", "pipeline.py"),
+}
+
+
+@pytest.fixture
+def tokenizer() -> PreTrainedTokenizerFast:
+    special = {"[UNK]": 0, "[PAD]": PAD, "[CLS]": CLS, "[SEP]": SEP}
+    vocabulary = {**special, **{f"w{i}": i for i in range(4, 120)}}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
+    )
+    names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+@pytest.fixture
+def model(encoder_config) -> RecurrentRoBERTa:
+    maps = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
+    return build(encoder_config, num_classes=None, num_repeats=2, window_overlap=2, **maps)
+
+
+@pytest.fixture
+def folder(model, tokenizer, tmp_path) -> Path:
+    return save_checkpoint(model, tokenizer, SETTINGS, tmp_path / "saved" / "run")
+
+
+@pytest.fixture
+def expected(model) -> torch.Tensor:
+    torch.manual_seed(3)
+    return model(*documents([[12, 12, 9], [7]])).logits
+
+
+def _logits(model: torch.nn.Module) -> torch.Tensor:
+    torch.manual_seed(3)
+    return model(*documents([[12, 12, 9], [7]])).logits
+
+
+def test_the_folder_holds_exactly_these_files(folder):
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert [path.name for path in folder.parent.iterdir()] == ["run"]
+
+
+@pytest.mark.parametrize("form", ["", "model.pt"])
+def test_load_gives_the_same_model_settings_and_label_maps(folder, expected, form):
+    model, settings, maps = load_model_and_config(folder / form)
+    assert torch.equal(_logits(model), expected)
+    assert settings == SETTINGS
+    assert maps == {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
+    assert not model.training
+
+
+@pytest.mark.parametrize("form", ["", "model.pt"])
+def test_the_tokenizer_comes_back(folder, tokenizer, form):
+    loaded = load_checkpoint_tokenizer(folder / form)
+    assert loaded("w7 w9")["input_ids"] == tokenizer("w7 w9")["input_ids"] == [CLS, 7, 9, SEP]
+    assert (loaded.cls_token_id, loaded.sep_token_id, loaded.pad_token_id) == (CLS, SEP, PAD)
+
+
+def test_the_file_alone_is_enough(folder, tmp_path, expected):
+    moved = tmp_path / "elsewhere.pt"
+    (folder / "model.pt").rename(moved)
+    assert torch.equal(_logits(load_model_and_config(moved).model), expected)
+    assert load_checkpoint_tokenizer(moved).cls_token_id == CLS
+
+
+def test_saving_again_replaces_the_folder_whole(folder, model, tokenizer):
+    (folder / "stale").write_text("old")
+    save_checkpoint(model, tokenizer, SETTINGS, folder)
+    assert {path.name for path in folder.iterdir()} == FILES
+
+
+def test_transformers_own_ways(folder, expected):
+    for loader in (RecurrentRoBERTa, AutoModelForSequenceClassification):
+        torch.testing.assert_close(_logits(loader.from_pretrained(folder).eval()), expected, atol=1e-5, rtol=0)
+
+
+def test_pipeline_from_elsewhere(folder, model, tokenizer, tmp_path):
+    """In a process that knows nothing of this project but the saved folder."""
+    text = " ".join(f"w{5 + i % 100}" for i in range(40))
+    script = (
+        "import json, sys; from transformers import pipeline\n"
+        "classify = pipeline('text-classification', model=sys.argv[1], trust_remote_code=True)\n"
+        "print('RESULT', json.dumps(classify([sys.argv[2], 'w7 w8'], top_k=None)))\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ""}
+    run = subprocess.run(
+        [sys.executable, "-c", script, folder, text], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    line = next(line for line in run.stdout.splitlines() if line.startswith("RESULT"))
+    long, short = json.loads(line.removeprefix("RESULT "))
+    words = [int(word[1:]) for word in text.split()]
+    windows = [[CLS, *words[start : start + 10], SEP] for start in range(0, 32 + 1, 8)]
+    windows = [window for i, window in enumerate(windows) if i == 0 or len(words) > i * 8 + 2]
+    ids, mask = torch.full((1, len(windows), 12), PAD), torch.zeros(1, len(windows), 12, dtype=torch.long)
+    for i, window in enumerate(windows):
+        ids[0, i, : len(window)], mask[0, i, : len(window)] = torch.tensor(window), 1
+    probabilities = model(input_ids=ids, attention_mask=mask).logits.softmax(-1)[0]
+    assert {entry["label"]: entry["score"] for entry in long} == pytest.approx(
+        dict(zip(LABELS, probabilities.tolist(), strict=True)), abs=1e-5
+    )
+    assert len(short) == 3
+
+
+def test_is_checkpoint(folder, tmp_path):
+    assert is_checkpoint(folder)
+    assert is_checkpoint("anything.pt")
+    assert not is_checkpoint("roberta-base")
+    (tmp_path / "config.json").write_text('{"model_type": "roberta"}')
+    assert not is_checkpoint(tmp_path)
+
+
+class Hostile:
+    def __reduce__(self):
+        return (os.system, ("touch owned",))
+
+
+def test_a_pickle_is_never_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"format": 1, "state_dict": Hostile()}, "evil.pt")
+    Path("raw.pt").write_bytes(pickle.dumps(Hostile()))
+    for name in ("evil.pt", "raw.pt"):
+        with pytest.raises(ModelError, match=f"{name}: refused|{name}: is no checkpoint"):
+            load_model_and_config(name)
+    assert not Path("owned").exists()
+
+
+def test_rubbish_is_refused(folder, tmp_path):
+    rubbish = {"empty.pt": b"", "text.pt": b"not a model", "cut.pt": (folder / "model.pt").read_bytes()[:5000]}
+    for name, content in rubbish.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ModelError, match=name):
+            load_model_and_config(tmp_path / name)
+    torch.save({"other": 1}, tmp_path / "other.pt")
+    with pytest.raises(ModelError, match="is no ReBerta checkpoint"):
+        load_model_and_config(tmp_path / "other.pt")
+    with pytest.raises(ModelError, match="no such checkpoint"):
+        load_model_and_config(tmp_path / "missing.pt")
+    (folder / "model.safetensors").write_bytes(b"cut")
+    with pytest.raises(ModelError, match="is damaged"):
+        load_model_and_config(folder)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"model\.safetensors missing"):
+        load_model_and_config(folder)
+
+
+def test_a_tokenizer_file_cannot_leave_its_folder(folder, tmp_path):
+    content = torch.load(folder / "model.pt", weights_only=True)
+    content["tokenizer"] = {"../escaped.json": "{}"}
+    torch.save(content, tmp_path / "escape.pt")
+    with pytest.raises(ModelError, match="outside of its folder"):
+        load_checkpoint_tokenizer(tmp_path / "escape.pt")
+
+
+def test_weights_of_another_shape_are_refused(folder, tmp_path):
+    content = torch.load(folder / "model.pt", weights_only=True)
+    content["state_dict"].pop("pooler.weight")
+    torch.save(content, tmp_path / "short.pt")
+    with pytest.raises(ModelError, match=r"do not fit its configuration(.|\n)*pooler\.weight"):
+        load_model_and_config(tmp_path / "short.pt")

@@ -1,0 +1,157 @@
+"""Options from the command line and from a file: defaults, precedence, and every fault at once."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from pydantic import ValidationError
+
+from config import GROUPS, Settings, parse_settings
+from models.reberta import ReBertaConfig
+from models.registry import ARCHITECTURE, BEHAVIOUR, READING
+from utils import ConfigError
+
+SPECIFIED = """
+--mode --config --seed --output_dir --log_level --log_steps --device --gpu_memory_fraction --num_workers --report_to
+--train_path --val_path --test_path --sample_data --batch_size --max_len --text_column --label_column --problem_type
+--on_bad_lines --max_windows_per_batch --max_window_failures
+--model_path --model_type --window_size --window_overlap --num_repeats --max_windows --dropout --carry --alpha
+--global_alpha --gate_bias --aggregation --position_encoding --memory_level --gradient_checkpointing
+--epochs --total_steps --eval_every --learning_rate --weight_decay --gradient_accumulation_steps
+--early_stopping_patience --metric_for_best --ema_decay --class_weights --label_smoothing --gradient_clip_val --resume
+--save_total_limit --scheduler_type --num_warmup_steps --optimizer_type --mixed_precision --mixed_precision_type
+--use_augmentation --random_mask_prob --max_mask_tokens --whole_word_mask --save_predictions
+""".split()
+
+
+def test_help_shows_every_option_in_its_group_with_its_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_settings(["--help"], description="What it does.")
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    options = set(re.findall(r"^  (--\w+)", shown, re.MULTILINE))
+    assert options == {f"--{name}" for name in Settings.model_fields} | {"--config"}
+    assert set(SPECIFIED) <= options
+    assert [line.rstrip(":") for line in shown.splitlines() if re.fullmatch(r"\w+:", line)][1:] == [
+        group.__doc__ for group in GROUPS
+    ]
+    flat = " ".join(shown.split())
+    assert "peak learning rate (default: 5e-05)" in flat
+    assert "training files (jsonl, csv, parquet) or folders (default: data/train)" in flat
+
+
+def test_defaults():
+    settings = parse_settings([])
+    assert (settings.max_windows, settings.window_size, settings.num_repeats) == (16, 256, 1)
+    assert (settings.train_path, settings.val_path, settings.test_path) == (("data/train",), ("data/evaluation",), None)
+    with pytest.raises(ValidationError, match="frozen"):
+        settings.seed = 1
+
+
+def test_the_models_own_defaults_are_the_same():
+    model, settings = ReBertaConfig(), parse_settings([])
+    fields = ARCHITECTURE + READING + BEHAVIOUR
+    assert len(fields) == 12
+    assert {name: getattr(model, name) for name in fields} == {name: getattr(settings, name) for name in fields}
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--mixed_precision"], True),
+        (["--mixed_precision", "True"], True),
+        (["--mixed_precision", "False"], False),
+        ([], False),
+    ],
+)
+def test_a_boolean_is_accepted_bare_and_in_words(argv, expected):
+    assert parse_settings(argv).mixed_precision is expected
+
+
+def test_flags_win_over_the_file_and_the_file_over_given_defaults(tmp_path):
+    values = {"learning_rate": "1e-4", "epochs": 7, "train_path": "a.jsonl", "memory_level": 2, "max_len": None}
+    yaml, json_file = tmp_path / "run.yaml", tmp_path / "run.json"
+    yaml.write_text("learning_rate: 1e-4\nepochs: 7\ntrain_path: a.jsonl\nmemory_level: 2\nmax_len: null\n")
+    json_file.write_text(json.dumps(values))
+    for file in (yaml, json_file):
+        settings = parse_settings(["--config", str(file), "--epochs", "2"], log_steps=1, epochs=9)
+        assert (settings.epochs, settings.learning_rate, settings.log_steps) == (2, 1e-4, 1)
+        assert (settings.train_path, settings.memory_level, settings.max_len) == (("a.jsonl",), "2", None)
+
+
+def test_several_paths_and_none():
+    settings = parse_settings(["--train_path", "a.jsonl", "b.csv", "--max_len", "none"])
+    assert settings.train_path == ("a.jsonl", "b.csv")
+    assert settings.max_len is None
+
+
+def test_all_faults_are_reported_at_once(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("learning_rte: 1\ncarry: open\n")
+    with pytest.raises(ConfigError) as caught:
+        parse_settings(
+            ["--config", str(file), "--batch_size", "0", "--epochs", "x", "--windw_size", "3", "--mode", "evaluate"]
+        )
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 8
+    for expected in (
+        "unknown option --windw_size; did you mean --window_size?",
+        f"{file}: unknown option learning_rte; did you mean --learning_rate?",
+        "--batch_size 0: input should be greater than or equal to 1",
+        "--epochs x: input should be a valid integer",
+        "--carry open: input should be 'gated' or 'residual'",
+        "--mode evaluate needs --model_path",
+        "--mode evaluate needs --test_path",
+    ):
+        assert sum(expected in line for line in lines) == 1, expected
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--mode train_steps", "needs --total_steps"),
+        ("--mode train_steps --total_steps 5 --epochs 2", "--epochs does not go with"),
+        ("--mode train --total_steps 5", "use --mode train_steps"),
+        ("--mode train_and_evaluate --total_steps 5 --epochs 2", "two budgets"),
+        ("--mode train_steps --total_steps 5 --num_warmup_steps 6", "never reach its peak"),
+        ("--scheduler_type constant --num_warmup_steps 6", "constant_with_warmup"),
+        ("--gradient_checkpointing --memory_level 0", "--memory_level 2"),
+        ("--mixed_precision_type bf16", "needs --mixed_precision"),
+        ("--alpha 0.5", "belongs to --carry residual"),
+        ("--global_alpha 0.5 --aggregation mean", "belongs to --aggregation encoder"),
+        ("--window_overlap 254", "--window_overlap must be less"),
+        ("--gpu_memory_fraction 0.5 --device cpu", "does not go with --device cpu"),
+        ("--random_mask_prob 0.5", "--random_mask_prob needs --use_augmentation"),
+        ("--max_mask_tokens 5", "--max_mask_tokens needs --use_augmentation"),
+        ("--whole_word_mask", "--whole_word_mask needs --use_augmentation"),
+        ("--learning_rate nan", "finite number"),
+        ("--learning_rate -1", "greater than 0"),
+        ("--label_smoothing 1.5", "less than 1"),
+        ("--mixed_precision maybe", "valid boolean"),
+        ("stray", "'stray' belongs to no option"),
+    ],
+)
+def test_contradictions_and_wrong_values_are_refused(argv, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_settings(argv.split())
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("run.yaml", "- a\n- b\n", "must hold one mapping"),
+        ("run.yaml", "a: [", "is no valid yaml"),
+        ("run.json", "{", "is no valid json"),
+        ("run.toml", "a = 1", r"\.yaml or \.json file is needed"),
+        ("run.yaml", None, "cannot be read: No such file"),
+    ],
+)
+def test_a_bad_config_file_is_named(tmp_path, name, content, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        parse_settings(["--config", str(tmp_path / name)])
+    assert name in str(caught.value)
