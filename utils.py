@@ -20,7 +20,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Literal, ParamSpec, TypeVar, overload
 
 import torch
 import transformers
@@ -75,6 +75,14 @@ class ResourceError(ReBertaError):
     exit_code = 6
 
 
+@overload
+def error_handler(
+    error_type: type[ReBertaError] = ..., reraise: Literal[True] = ...
+) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+@overload
+def error_handler(
+    error_type: type[ReBertaError] = ..., *, reraise: Literal[False]
+) -> Callable[[Callable[P, R]], Callable[P, R | None]]: ...
 def error_handler(
     error_type: type[ReBertaError] = ReBertaError, reraise: bool = True
 ) -> Callable[[Callable[P, R]], Callable[P, R | None]]:

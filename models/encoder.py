@@ -85,7 +85,7 @@ def _is_bert_shaped(encoder: PreTrainedModel) -> bool:
     return all(hasattr(getattr(attention, "self", None), part) for part in ("query", "key", "value", "scaling"))
 
 
-def _cls_of_layer(layer: nn.Module, hidden_BWD: Tensor, mask: Tensor | None) -> Tensor:
+def _cls_of_layer(layer: Any, hidden_BWD: Tensor, mask: Tensor | None) -> Tensor:
     """One encoder layer for the query at position 0 alone: a W-th of the feed-forward's work."""
     attention: Any = layer.attention.self
     heads = (*hidden_BWD.shape[:1], -1, attention.num_attention_heads, attention.attention_head_size)

@@ -300,7 +300,9 @@ class RecurrentRoBERTa(PreTrainedModel):
         stride = {0: windows, 1: 2, 2: 1}[level]
         carried = document_BD if self.config.carry == "gated" else None
         previous: Tensor | None = None
-        states, gates, failed = [], [], []
+        states: list[Tensor] = []
+        gates: list[Tensor] = []
+        failed: list[Tensor] = []
         for start in range(0, windows, stride):
             chunk = range(start, min(start + stride, windows))
             arguments = (batch, chunk, carried, previous, document_BD, level == 2)
@@ -354,7 +356,7 @@ class RecurrentRoBERTa(PreTrainedModel):
             carried = self._carry_on(carried, state_bD)
             previous = state_bD
             states.append(state_bD)
-            gates.append(gate_b.detach() if not gate_b.requires_grad else gate_b)
+            gates.append(gate_b.detach())
             failed.append(~finite_b)
         return states, gates, failed, carried
 

@@ -1,15 +1,23 @@
-"""Tiny random encoders, the same for all tests of models and engine."""
+"""Tiny random encoders, a word-level tokenizer and a small corpus, the same for all tests of models and engine."""
 
 from __future__ import annotations
 
+import json
+import random
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import BertConfig, PreTrainedConfig, RobertaConfig
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModel, BertConfig, PreTrainedConfig, PreTrainedTokenizerFast, RobertaConfig
 
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 VOCABULARY = 120
 WIDTH = 32
+UNK, PAD, CLS, SEP, MASK = range(5)
+WORDS = range(5, VOCABULARY)
+LABELS = ("early", "late")
 
 
 def tiny_encoder(kind: str, **changes) -> PreTrainedConfig:
@@ -24,13 +32,54 @@ def tiny_encoder(kind: str, **changes) -> PreTrainedConfig:
         **changes,
     }
     if kind == "roberta":
-        return RobertaConfig(max_position_embeddings=66, type_vocab_size=1, pad_token_id=1, **shape)
-    return BertConfig(max_position_embeddings=64, pad_token_id=0, **shape)
+        return RobertaConfig(max_position_embeddings=66, type_vocab_size=1, pad_token_id=PAD, **shape)
+    return BertConfig(max_position_embeddings=64, pad_token_id=PAD, **shape)
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Words w5 ... w119, each its own token, in RoBERTa's format."""
+    special = {
+        "unk_token": "[UNK]",
+        "pad_token": "[PAD]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
+    vocabulary = {**{word: i for i, word in enumerate(special.values())}, **{f"w{i}": i for i in WORDS}}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+def write_corpus(path: Path, documents: int, seed: int = 0, words: tuple[int, int] = (5, 60)) -> Path:
+    """Documents whose label is told by w5 or w6, somewhere among random words."""
+    draw = random.Random(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(documents):
+            label = number % 2
+            text = [f"w{draw.choice(WORDS[2:])}" for _ in range(draw.randint(*words))]
+            text.insert(draw.randrange(len(text)), f"w{5 + label}")
+            row = {"id": f"{path.stem}-{number}", "text": " ".join(text), "label": LABELS[label]}
+            file.write(json.dumps(row) + "\n")
+    return path
 
 
 @pytest.fixture(params=["roberta", "bert"])
 def encoder_config(request) -> PreTrainedConfig:
     return tiny_encoder(request.param)
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(tmp_path_factory) -> Path:
+    """A tiny RoBERTa with its tokenizer, as `--model_path` takes it."""
+    folder = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    AutoModel.from_config(tiny_encoder("roberta"), add_pooling_layer=False).save_pretrained(folder)
+    word_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -90,7 +90,8 @@ def test_validate_params_collects_all_faults():
     with pytest.raises(ConfigError) as caught:
         load(True, path=3, cap="x")
     assert str(caught.value) == (
-        "load: batch_size must be int, not bool (True); path must be str or bytes, not int (3); cap must be int, not str ('x')"
+        "load: batch_size must be int, not bool (True); path must be str or bytes, not int (3); "
+        "cap must be int, not str ('x')"
     )
 
 
@@ -108,9 +109,8 @@ def test_atomic_path_writes_whole_or_not_at_all(tmp_path):
         temporary.write_text("first")
         assert not target.exists()
     assert target.read_text() == "first"
-    with pytest.raises(RuntimeError), atomic_path(target) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError
+    with pytest.raises(UnicodeEncodeError), atomic_path(target) as temporary:
+        temporary.write_text("half, then \ud800", encoding="utf-8")
     assert target.read_text() == "first"
     assert [path.name for path in target.parent.iterdir()] == ["report.txt"]
 

@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from models.reberta import RecurrentRoBERTa
-from tests.conftest import VOCABULARY
-
-CLS, SEP, PAD = 2, 3, 1
+from tests.conftest import CLS, PAD, SEP, VOCABULARY
 
 
 def documents(lengths: list[list[int]], window_size: int = 12) -> tuple[Tensor, Tensor]:

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from models.checkpoint import is_checkpoint, load_checkpoint_tokenizer, load_model_and_config, save_checkpoint
 from models.reberta import RecurrentRoBERTa
-from tests.models.conftest import CLS, PAD, SEP, build, documents
+from tests.conftest import CLS, PAD, SEP, word_tokenizer
+from tests.models.conftest import build, documents
 from utils import ModelError
 
 LABELS = ["dull", "bright", "odd"]
@@ -29,15 +29,7 @@ FILES = {
 
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
-    special = {"[UNK]": 0, "[PAD]": PAD, "[CLS]": CLS, "[SEP]": SEP}
-    vocabulary = {**special, **{f"w{i}": i for i in range(4, 120)}}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", CLS), ("[SEP]", SEP)]
-    )
-    names = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    return word_tokenizer()
 
 
 @pytest.fixture

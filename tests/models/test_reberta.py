@@ -7,8 +7,8 @@ import torch
 from transformers import AutoModel, DistilBertConfig
 
 from models.reberta import HiddenStates, RecurrentRoBERTa
-from tests.conftest import VOCABULARY, WIDTH, tiny_encoder
-from tests.models.conftest import CLS, build, documents
+from tests.conftest import CLS, VOCABULARY, WIDTH, tiny_encoder
+from tests.models.conftest import build, documents
 from tests.models.twin import twin_logits
 from utils import ConfigError
 
@@ -207,7 +207,8 @@ def test_gates_norms_and_aggregation_stay_in_fp32_under_autocast(encoder_config)
     seen: dict[str, list[torch.dtype]] = {"float": [], "encoder": []}
     for name in ("window_gate", "window_norm", "global_gate", "global_norm", "carry_gate"):
         model.get_submodule(name).register_forward_hook(lambda _, inputs, out: seen["float"].append(out.dtype))
-    model.encoder.encoder.layer[0].intermediate.register_forward_hook(lambda _, i, out: seen["encoder"].append(out.dtype))
+    inner = model.encoder.encoder.layer[0].intermediate
+    inner.register_forward_hook(lambda _, inputs, out: seen["encoder"].append(out.dtype))
     input_ids, mask = documents(LENGTHS)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits, hidden = model(input_ids=input_ids, attention_mask=mask)

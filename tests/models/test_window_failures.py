@@ -7,20 +7,25 @@ import torch
 
 from tests.models.conftest import build, documents
 
-POISON = 4
+POISON = 9
 
 
 @pytest.fixture(params=["gated", "residual"])
 def poisoned(request, encoder_config):
-    """A model that overflows wherever token 4 stands."""
+    """A model that overflows wherever token 9 stands."""
     model = build(encoder_config, carry=request.param, num_repeats=2)
     with torch.no_grad():
         model.encoder.get_input_embeddings().weight[POISON] = torch.inf
     return model
 
 
+def _documents(lengths):
+    input_ids, mask = documents(lengths)
+    return input_ids.where(input_ids != POISON, POISON + 1), mask
+
+
 def test_the_document_goes_on_with_its_previous_state(poisoned):
-    input_ids, mask = documents([[12, 12, 12, 12], [12, 9]])
+    input_ids, mask = _documents([[12, 12, 12, 12], [12, 9]])
     input_ids[0, 2, 5] = POISON
     logits, hidden = poisoned(input_ids=input_ids, attention_mask=mask)
     assert hidden.window_failures.nonzero().tolist() == [[0, 2]]
@@ -31,7 +36,7 @@ def test_the_document_goes_on_with_its_previous_state(poisoned):
 
 
 def test_a_first_window_that_fails_does_not_exist(poisoned):
-    input_ids, mask = documents([[12, 12, 12]])
+    input_ids, mask = _documents([[12, 12, 12]])
     expected = poisoned(input_ids=input_ids[:, 1:], attention_mask=mask[:, 1:]).logits
     input_ids[0, 0, 5] = POISON
     logits, hidden = poisoned(input_ids=input_ids, attention_mask=mask)
@@ -40,7 +45,7 @@ def test_a_first_window_that_fails_does_not_exist(poisoned):
 
 
 def test_a_document_of_which_nothing_can_be_read_has_no_logits(poisoned):
-    input_ids, mask = documents([[12, 12], [12, 12]])
+    input_ids, mask = _documents([[12, 12], [12, 12]])
     input_ids[0, :, 5] = POISON
     logits, hidden = poisoned(input_ids=input_ids, attention_mask=mask)
     assert hidden.window_failures.tolist() == [[True, True], [False, False]]
@@ -49,7 +54,7 @@ def test_a_document_of_which_nothing_can_be_read_has_no_logits(poisoned):
 
 
 def test_gradients_stay_finite(poisoned):
-    input_ids, mask = documents([[12, 12, 12, 12], [12, 9]])
+    input_ids, mask = _documents([[12, 12, 12, 12], [12, 9]])
     input_ids[0, 0, 5] = input_ids[0, 2, 5] = POISON
     poisoned.train()
     poisoned(input_ids=input_ids, attention_mask=mask).logits.sum().backward()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,9 +34,7 @@ def _states(model: RecurrentRoBERTa, windows: list[Tensor], document: Tensor | N
         cls = embeds[0]
         entering = memory if i > 0 else document
         if entering is not None:
-            gate, norm = (
-                (model.window_gate, model.window_norm) if i > 0 else (model.global_gate, model.global_norm)
-            )
+            gate, norm = (model.window_gate, model.window_norm) if i > 0 else (model.global_gate, model.global_norm)
             injected = norm(entering)
             z = torch.sigmoid(gate(torch.cat([cls, injected])))
             cls = (1 - z) * cls + z * injected
@@ -53,15 +53,16 @@ def _states(model: RecurrentRoBERTa, windows: list[Tensor], document: Tensor | N
 
 def _aggregate(model: RecurrentRoBERTa, windows: list[Tensor], states: list[Tensor]) -> Tensor:
     stacked = torch.stack(states)
+    aggregation: Any = getattr(model, "aggregation", None)
     if model.config.aggregation == "mean":
         return stacked.mean(0)
     if model.config.aggregation == "max":
         return stacked.amax(0)
     if model.config.aggregation == "attention":
-        scores = torch.tanh(model.aggregation.projection(stacked)) @ model.aggregation.query
+        scores = torch.tanh(aggregation.projection(stacked)) @ aggregation.query
         return scores.softmax(0) @ stacked
     embed = model.encoder.get_input_embeddings()
     sequence = torch.cat([embed(windows[0][:1]), model.window_norm(stacked), embed(windows[0][-1:])])
     g = model.encoder(inputs_embeds=sequence[None]).last_hidden_state[0, 0]
-    a = model.aggregation.alpha
+    a = aggregation.alpha
     return a * g + (1 - a) * stacked.mean(0)

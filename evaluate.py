@@ -1,0 +1,109 @@
+"""Evaluate a checkpoint on a test set: `python main.py --mode evaluate`, or `python evaluate.py` with the same options.
+
+The report folder holds `evaluation_results.txt`, `metrics.json`, `class_metrics.png`, `confusion_matrix.png`,
+`evaluation.log` and, with `--save_predictions`, `predictions.csv`.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from config import Settings
+from data_utils.dataset import LongTextBatchSampler, LongTextDataset, collate
+from evaluation_utils import evaluate_model
+from models.checkpoint import Checkpoint, load_checkpoint_tokenizer, load_model_and_config
+from run_folder import made_up_folder
+from utils import DataError, ModelError, error_handler, get_device, logger, mixed_precision_type, setup_logging
+
+READING = ("window_size", "window_overlap", "max_windows", "max_len", "text_column", "label_column")
+
+
+def evaluate(settings: Settings) -> dict[str, Any]:
+    """Report how well the checkpoint does; its labels and its way of reading rule, flags win over the latter.
+
+    Raises:
+        ConfigError, DataError, ModelError, TrainingError: as the stage that fails says it.
+    """
+    assert settings.model_path is not None
+    folder = Path(settings.output_dir) if settings.output_dir else made_up_folder("evaluate")
+    setup_logging(settings.log_level, folder / "evaluation.log")
+    device = get_device(settings.device)
+    checkpoint, tokenizer = load_model(settings.model_path)
+    reading = {
+        name: getattr(settings, name) if name in settings.model_fields_set else checkpoint.settings[name]
+        for name in READING
+    }
+    checkpoint.model.config.update({name: reading[name] for name in READING[:3]})
+    checkpoint.model.config.check(checkpoint.model.encoder)
+    dataset = load_test_set(settings, checkpoint, tokenizer, reading, folder)
+    sampler = LongTextBatchSampler(
+        dataset.window_counts, settings.batch_size, max_windows_per_batch=settings.max_windows_per_batch, shuffle=False
+    )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=partial(collate, pad_token_id=tokenizer.pad_token_id),
+        num_workers=settings.num_workers,
+        pin_memory=device.type == "cuda",
+    )
+    precision = mixed_precision_type(settings.mixed_precision_type, device) if settings.mixed_precision else "fp32"
+    half = torch.float16 if precision == "fp16" else torch.bfloat16
+    with torch.autocast(device.type, dtype=half, enabled=settings.mixed_precision):
+        metrics = evaluate_model(
+            checkpoint.model.to(device),
+            loader,
+            device,
+            dataset.label_names,
+            folder,
+            problem_type=checkpoint.settings["problem_type"],
+            thresholds=checkpoint.model.config.thresholds,
+            max_window_failures=settings.max_window_failures,
+            predictions_path=folder / "predictions.csv" if settings.save_predictions else None,
+        )
+    logger.info("accuracy %.4f, macro F1 %.4f on %d documents", metrics["accuracy"], metrics["f1_macro"], len(dataset))
+    logger.info("report: %s", folder)
+    return metrics
+
+
+@error_handler(error_type=ModelError)
+def load_model(path: str) -> tuple[Checkpoint, PreTrainedTokenizerBase]:
+    """The checkpoint and its tokenizer."""
+    return load_model_and_config(path), load_checkpoint_tokenizer(path)
+
+
+@error_handler(error_type=DataError)
+def load_test_set(
+    settings: Settings,
+    checkpoint: Checkpoint,
+    tokenizer: PreTrainedTokenizerBase,
+    reading: dict[str, Any],
+    folder: Path,
+) -> LongTextDataset:
+    """The test set, with the checkpoint's labels."""
+    assert settings.test_path is not None
+    id2label = checkpoint.label_maps["id2label"]
+    return LongTextDataset(
+        settings.test_path,
+        tokenizer=tokenizer,
+        label_names=[id2label[index] for index in range(len(id2label))],
+        problem_type=checkpoint.settings["problem_type"],
+        on_bad_lines=settings.on_bad_lines,
+        quarantine_path=folder / "quarantine_test.jsonl",
+        sample_data=settings.sample_data,
+        seed=settings.seed,
+        cache_dir=Path(settings.cache_dir).expanduser(),
+        **reading,
+    )
+
+
+if __name__ == "__main__":
+    from main import main
+
+    sys.exit(main(mode="evaluate"))

@@ -1,0 +1,71 @@
+"""ReBerta: classify documents of thousands to tens of thousands of tokens.
+
+  python main.py --mode train --train_path data/train --val_path data/evaluation
+  python main.py --mode evaluate --model_path models/saved/RUN/model.pt --test_path data/validation
+
+Exit codes: 0 done; 1 unexpected; 2 options; 3 data; 4 model or checkpoint; 5 training; 6 memory or disk;
+130 Ctrl-C; 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from config import Settings, parse_settings
+from utils import ReBertaError, limit_gpu_memory, logger, quiet_libraries, setup_logging
+
+DEFAULT_TEST_PATH = ("data/validation",)
+
+
+def dispatch(settings: Settings) -> None:
+    """Run the mode. Modes are imported here, so that `--help` and a wrong option answer at once."""
+    if settings.mode == "evaluate":
+        from evaluate import evaluate
+
+        evaluate(settings)
+    elif settings.mode == "analyze":
+        from data_utils.analysis import analyze_corpus
+
+        analyze_corpus(settings)
+    else:
+        from train import train
+        from train_by_steps import train_by_steps
+
+        trained = train(settings) if settings.total_steps is None else train_by_steps(settings)
+        if settings.mode == "train_and_evaluate":
+            from evaluate import evaluate
+
+            of_best_model = {
+                "model_path": str(trained.best_model / "model.pt"),
+                "test_path": settings.test_path or DEFAULT_TEST_PATH,
+                "output_dir": str(trained.run_folder / "evaluation"),
+            }
+            evaluate(settings.model_copy(update=of_best_model))
+
+
+def main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
+    """Parse, run, and turn an error into one message and an exit code."""
+    setup_logging()
+    try:
+        settings = parse_settings(argv, description=__doc__, **defaults)
+        setup_logging(settings.log_level)
+        quiet_libraries(settings.log_level)
+        limit_gpu_memory(settings.gpu_memory_fraction)
+        dispatch(settings)
+    except ReBertaError as error:
+        logger.error("%s", error, exc_info=logger.isEnabledFor(logging.DEBUG))
+        return error.exit_code
+    except KeyboardInterrupt:
+        logger.error("stopped by Ctrl-C")
+        return 130
+    except Exception:
+        logger.exception("unexpected error; please report it with what stands above")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,392 @@
+"""The engine's promises, on a tiny encoder and a small corpus."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import set_seed
+
+from config import parse_settings
+from data_utils.dataset import LongTextBatchSampler, LongTextDataset, collate, load_tokenizer
+from models.checkpoint import load_model_and_config
+from models.registry import build_model
+from tests.conftest import write_corpus
+from train import Objective, class_weights, train
+from train_by_steps import train_by_steps
+from utils import ConfigError, TrainingError
+
+TRAINING = 22  # not a multiple of any batch size here
+FLAGS = "--window_size 12 --max_windows 6 --batch_size 4 --epochs 2 --learning_rate 1e-3 --dropout 0 --log_steps 1"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, encoder_folder):
+    """Train in a fresh folder with some flags; gives what `train` gives."""
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path / "train.jsonl", TRAINING)
+    write_corpus(tmp_path / "val.jsonl", 10, seed=1)
+
+    def start(flags: str, name: str = "run"):
+        paths = f"--train_path train.jsonl --val_path val.jsonl --model_path {encoder_folder} --cache_dir cache"
+        argv = f"{FLAGS} {paths} --device cpu --output_dir logs/{name} {flags}".split()
+        settings = parse_settings(_last_wins(argv))
+        return train(settings) if settings.total_steps is None else train_by_steps(settings)
+
+    return start
+
+
+def _last_wins(argv: list[str]) -> list[str]:
+    """Drop `--epochs` where the test gives a budget in steps."""
+    if "--total_steps" in argv:
+        at = argv.index("--epochs")
+        argv = argv[:at] + argv[at + 2 :] + ["--mode", "train_steps"]
+    return argv
+
+
+def rows(trained) -> list[dict]:
+    return [json.loads(line) for line in (trained.run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def last_checkpoint(trained) -> Path:
+    return max(trained.run_folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+
+
+def assert_same(first: dict, second: dict, tolerance: float = 0.0) -> None:
+    assert first.keys() == second.keys()
+    assert len(first) > 40
+    for name in first:
+        torch.testing.assert_close(first[name], second[name], atol=tolerance, rtol=0, msg=name)
+
+
+def test_a_run_leaves_these_files(run):
+    trained = run("")
+    assert {path.name for path in trained.run_folder.iterdir()} == {
+        *("settings.json", "environment.json", "train.log", "metrics.jsonl", "learning_curves.png"),
+        *("checkpoint-6", "checkpoint-12"),
+    }
+    assert {path.name for path in last_checkpoint(trained).iterdir()} == {
+        *("config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
+        *("reberta.py", "encoder.py", "aggregation.py", "pipeline.py"),
+    }
+    assert (trained.best_model / "model.pt").is_file()
+    environment = json.loads((trained.run_folder / "environment.json").read_text())
+    assert set(environment["data"]) == {"train.jsonl", "val.jsonl"}
+    assert all(len(digest) == 64 for digest in environment["data"].values())
+    assert environment["packages"]["torch"] == torch.__version__
+
+
+def test_accumulation_does_not_change_the_weights(run):
+    """Documents of unequal length, a ragged last group."""
+    whole = run("--batch_size 8 --gradient_accumulation_steps 1 --optimizer_type sgd --learning_rate 0.05", "whole")
+    parts = run("--batch_size 2 --gradient_accumulation_steps 4 --optimizer_type sgd --learning_rate 0.05", "parts")
+    assert_same(weights(last_checkpoint(whole)), weights(last_checkpoint(parts)), 1e-6)
+    assert len([row for row in rows(whole) if "loss" in row]) == 2 * math.ceil(TRAINING / 8)
+
+
+def test_epochs_and_steps_differ_only_in_the_budget(run):
+    flags = "--dropout 0.1 --use_augmentation --gradient_accumulation_steps 2"
+    epochs = run(flags, "epochs")
+    steps = run(f"{flags} --total_steps {2 * math.ceil(TRAINING / 8)}", "steps")
+    assert_same(weights(last_checkpoint(epochs)), weights(last_checkpoint(steps)))
+
+
+def test_equals_a_plain_training_loop(run, encoder_folder, tmp_path):
+    """The slow twin: the mean loss of each group's documents, one document at a time, and plain SGD."""
+    flags = "--optimizer_type sgd --learning_rate 0.1 --scheduler_type constant --gradient_clip_val 0 --weight_decay 0"
+    trained = run(f"{flags} --gradient_accumulation_steps 2")
+    argv = f"{FLAGS} --model_path {encoder_folder}".split()
+    data = LongTextDataset(
+        "train.jsonl", tokenizer=load_tokenizer(encoder_folder), window_size=12, max_windows=6, cache_dir=tmp_path / "c"
+    )
+    set_seed(42)
+    model = build_model(parse_settings(argv), data.label_names, data.tokenizer).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    groups = LongTextBatchSampler(data.window_counts, 8)
+    sizes = []
+    for epoch in range(2):
+        groups.set_epoch(epoch)
+        for group in groups:
+            optimizer.zero_grad()
+            for document in group:
+                batch = collate([data[document]])
+                logits = model(batch["input_ids"], batch["attention_mask"]).logits
+                (nn.functional.cross_entropy(logits, batch["labels"]) / len(group)).backward()
+            optimizer.step()
+            sizes.append(len(group))
+    assert sizes == [8, 8, 6] * 2
+    assert_same(weights(last_checkpoint(trained)), dict(model.state_dict()), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--scheduler_type linear", {1: 0.0, 3: 1.0, 20: 1 / 18}),
+        ("--scheduler_type linear --num_warmup_steps 0", {1: 1.0, 20: 1 / 20}),
+        ("--scheduler_type linear --num_warmup_steps 10", {1: 0.0, 6: 0.5, 11: 1.0, 20: 0.1}),
+        ("--scheduler_type cosine", {1: 0.0, 3: 1.0, 12: 0.5, 20: (1 + math.cos(math.pi * 17 / 18)) / 2}),
+        ("--scheduler_type constant", {1: 1.0, 11: 1.0, 20: 1.0}),
+        ("--scheduler_type constant_with_warmup --num_warmup_steps 4", {1: 0.0, 3: 0.5, 5: 1.0, 20: 1.0}),
+    ],
+)
+def test_learning_rate_curves(run, flags, expected):
+    """Relative to the peak, at the step that used it; warm-up is a tenth of the run unless said otherwise."""
+    trained = run(f"--total_steps 20 --eval_every 20 {flags}")
+    curve = {row["step"]: row["learning_rate"] / 1e-3 for row in rows(trained) if "learning_rate" in row}
+    assert len(curve) == 20
+    assert {step: curve[step] for step in expected} == pytest.approx(expected, abs=1e-6)
+
+
+def test_warm_up_longer_than_the_run_is_refused(run):
+    with pytest.raises(ConfigError, match="--num_warmup_steps 13 is more than the 12 steps"):
+        run("--num_warmup_steps 13")
+
+
+def test_ema_weights_are_what_is_evaluated_and_saved(run):
+    trained = run("--ema_decay 0.9 --epochs 1 --optimizer_type sgd --learning_rate 0.1")
+    checkpoint = last_checkpoint(trained)
+    averaged = {
+        name.removeprefix("module."): value
+        for name, value in load_file(checkpoint / "ema.safetensors").items()
+        if name.startswith("module.")
+    }
+    assert_same(weights(trained.best_model), averaged)
+    difference = max((averaged[name] - value).abs().max() for name, value in weights(checkpoint).items())
+    assert difference > 1e-3
+    evaluated = next(row["eval_loss"] for row in rows(trained) if "eval_loss" in row)
+    assert evaluated == pytest.approx(_validation_loss(trained.best_model), abs=1e-6)
+
+
+def _validation_loss(folder: Path) -> float:
+    model = load_model_and_config(folder).model
+    data = LongTextDataset("val.jsonl", model_name=folder, window_size=12, max_windows=6, cache_dir=Path("cache"))
+    batch = collate([data[i] for i in range(len(data))])
+    with torch.no_grad():
+        logits = model(batch["input_ids"], batch["attention_mask"]).logits
+    return float(nn.functional.cross_entropy(logits, batch["labels"]))
+
+
+def test_ema_is_the_moving_average_of_the_weights(run):
+    """Step by step checkpoints give the average that the last one holds."""
+    trained = run("--ema_decay 0.8 --total_steps 4 --eval_every 1 --save_total_limit 9")
+    average = None
+    for step in range(1, 5):
+        now = weights(trained.run_folder / f"checkpoint-{step}")
+        average = now if average is None else {n: 0.8 * average[n] + 0.2 * now[n] for n in now}
+    saved = load_file(trained.run_folder / "checkpoint-4" / "ema.safetensors")
+    assert_same({f"module.{n}": v for n, v in average.items()}, {n: saved[n] for n in saved if n != "n_averaged"}, 1e-6)
+
+
+def test_the_best_model_is_kept_whatever_comes_after(run):
+    trained = run("--epochs 6 --learning_rate 5e-3 --save_total_limit 1 --metric_for_best loss")
+    losses = {row["step"]: row["eval_loss"] for row in rows(trained) if "eval_loss" in row}
+    assert len(losses) == 6
+    best = min(losses, key=losses.get)
+    assert trained.best_metric == pytest.approx(losses[best])
+    assert _validation_loss(trained.best_model) == pytest.approx(losses[best], abs=1e-5)
+    assert {path.name for path in trained.run_folder.glob("checkpoint-*")} == {f"checkpoint-{best}", "checkpoint-36"}
+
+
+def test_early_stopping(run):
+    trained = run("--epochs 30 --learning_rate 1e-9 --early_stopping_patience 2 --metric_for_best accuracy")
+    evaluations = [row for row in rows(trained) if "eval_accuracy" in row]
+    assert len(evaluations) == 3
+
+
+def test_eval_every_counts_optimizer_steps(run):
+    trained = run("--eval_every 5 --save_total_limit 9 --gradient_accumulation_steps 1")
+    assert [row["step"] for row in rows(trained) if "eval_loss" in row] == [5, 10, 12]
+    assert {path.name for path in trained.run_folder.glob("checkpoint-*")} == {
+        "checkpoint-5",
+        "checkpoint-10",
+        "checkpoint-12",
+    }
+
+
+@pytest.mark.parametrize(
+    "flags", ["", "--dropout 0.1 --use_augmentation --ema_decay 0.9 --gradient_accumulation_steps 2"]
+)
+@pytest.mark.parametrize("eval_every", [6, 4])
+def test_resume_gives_the_same_weights(run, flags, eval_every):
+    """From the end of an epoch (6 of 6 steps, or 3 of 3) and from its middle."""
+    flags = f"{flags} --epochs 4 --eval_every {eval_every} --save_total_limit 99"
+    whole = run(flags)
+    final = last_checkpoint(whole)
+    expected, history = weights(final), rows(whole)
+    best = weights(whole.best_model)
+    kept = whole.run_folder / f"checkpoint-{eval_every}"
+    for checkpoint in whole.run_folder.glob("checkpoint-*"):
+        if checkpoint != kept:
+            shutil.rmtree(checkpoint)
+    resumed = run(flags)
+    assert_same(weights(last_checkpoint(resumed)), expected)
+    assert_same(weights(resumed.best_model), best)
+    timeless = [
+        [
+            {k: v for k, v in row.items() if "runtime" not in k and "per_second" not in k}
+            for row in table
+            if "loss" in row
+        ]
+        for table in (rows(resumed), history)
+    ]
+    assert timeless[0] == timeless[1]
+
+
+def test_a_run_is_never_overwritten(run):
+    run("")
+    with pytest.raises(ConfigError, match="--resume auto to continue"):
+        run("--resume never")
+    with pytest.raises(ConfigError, match=r"--learning_rate was 0\.001, is 0\.5"):
+        run("--learning_rate 0.5")
+    Path("logs/other").mkdir()
+    Path("logs/other/mine.txt").write_text("precious")
+    with pytest.raises(ConfigError, match="is not empty and holds no run"):
+        run("", "other")
+    assert Path("logs/other/mine.txt").read_text() == "precious"
+
+
+def test_starting_from_a_checkpoint(run):
+    first = run("", "first")
+    second = run(f"--model_path {first.best_model}/model.pt --learning_rate 1e-12 --epochs 1", "second")
+    assert_same(weights(second.best_model), weights(first.best_model), 1e-6)
+    with pytest.raises(ConfigError, match="was built with --carry gated"):
+        run(f"--model_path {first.best_model} --carry residual", "third")
+
+
+def test_two_workers_see_the_same_masks(run):
+    flags = "--use_augmentation --random_mask_prob 0.3 --epochs 2"
+    alone = run(flags, "alone")
+    helped = run(f"{flags} --num_workers 2", "helped")
+    assert_same(weights(last_checkpoint(alone)), weights(last_checkpoint(helped)))
+    unmasked = run("--epochs 2", "unmasked")
+    assert any((v != weights(last_checkpoint(alone))[n]).any() for n, v in weights(last_checkpoint(unmasked)).items())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adam", "sgd"])
+def test_optimizers(run, optimizer):
+    trained = run(f"--optimizer_type {optimizer} --epochs 1")
+    state = torch.load(last_checkpoint(trained) / "optimizer.pt", weights_only=True)
+    keys = {"sgd": {"momentum_buffer"}}.get(optimizer, {"step", "exp_avg", "exp_avg_sq"})
+    assert set(state["state"][0]) == keys
+    assert [group["weight_decay"] for group in state["param_groups"]] == [0.01, 0.0]
+
+
+def test_clipping_bounds_the_update(run):
+    """Plain SGD moves by at most rate x norm; the row shows the norm before clipping."""
+    flags = "--optimizer_type sgd --scheduler_type constant --learning_rate 1 --weight_decay 0 --total_steps 1"
+    trained = run(f"{flags} --gradient_clip_val 0.01")
+    assert next(row["grad_norm"] for row in rows(trained) if "grad_norm" in row) > 0.01
+    unmoved = run(f"{flags} --gradient_clip_val 0.01 --learning_rate 1e-12", "unmoved")
+    before, after = (weights(last_checkpoint(t)) for t in (unmoved, trained))
+    moved = math.sqrt(sum(float((after[n] - before[n]).square().sum()) for n in before))
+    assert moved == pytest.approx(0.01, rel=1e-2)
+
+
+def test_bf16(run):
+    exact, half = run("--epochs 1", "fp32"), run("--epochs 1 --mixed_precision", "bf16")
+    losses = [[row["loss"] for row in rows(trained) if "loss" in row] for trained in (exact, half)]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-2)
+    assert losses[0] != losses[1]
+    assert {value.dtype for value in weights(half.best_model).values()} == {torch.float32}
+
+
+def test_multi_label(run, tmp_path):
+    for name, seed in (("train", 0), ("val", 1)):
+        path = write_corpus(tmp_path / f"{name}.jsonl", 24, seed)
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        for i, line in enumerate(lines):
+            line["label"] = [line["label"]] + (["rare"] if i % 4 == 0 else [])
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    trained = run("--problem_type multi_label --class_weights balanced --label_smoothing 0.1 --epochs 3")
+    model, settings, maps = load_model_and_config(trained.best_model)
+    assert maps["label2id"] == {"early": 0, "late": 1, "rare": 2}
+    assert settings["problem_type"] == "multi_label"
+    assert model.config.problem_type == "multi_label_classification"
+    assert len(model.config.thresholds) == 3
+    assert all(0 < threshold < 1 for threshold in model.config.thresholds)
+
+
+def _with_a_poisoned_word(encoder_folder: Path, target: Path, value: float) -> Path:
+    shutil.copytree(encoder_folder, target)
+    state = load_file(target / "model.safetensors")
+    state["embeddings.word_embeddings.weight"][50] = value
+    save_file(state, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def test_a_loss_that_is_not_finite_raises_before_the_update(run, encoder_folder, tmp_path):
+    encoder = _with_a_poisoned_word(encoder_folder, tmp_path / "poisoned", math.nan)
+    lines = [json.loads(line) for line in Path("train.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["text"] = line["text"].replace("w50", "w51")
+    lines[3]["text"] = "w50 " * 30
+    Path("train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    Path("val.jsonl").write_text(Path("val.jsonl").read_text().replace("w50", "w51"))
+    with pytest.raises(TrainingError, match=r"step \d+: the loss is not finite.*documents: train-3\."):
+        run(f"--model_path {encoder}")
+    assert not list(Path("logs/run").glob("checkpoint-*"))
+
+
+def test_too_many_failed_windows_end_the_run_and_a_few_are_named(run, encoder_folder, tmp_path):
+    encoder = _with_a_poisoned_word(encoder_folder, tmp_path / "poisoned", math.inf)
+    for name in ("train", "val"):
+        Path(f"{name}.jsonl").write_text(Path(f"{name}.jsonl").read_text().replace("w50", "w51"))
+    lines = [json.loads(line) for line in Path("train.jsonl").read_text().splitlines()]
+    lines[3]["text"] = "w51 " * 15 + "w50 " + "w51 " * 10  # the second of three windows
+    Path("train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    trained = run(f"--model_path {encoder} --max_window_failures 0.05 --epochs 1", "few")
+    warnings = [line for line in (trained.run_folder / "train.log").read_text().splitlines() if " WARNING " in line]
+    assert len(warnings) == 1
+    assert "train-3, window 1: its state is not finite" in warnings[0]
+    assert all(
+        value.isfinite().all() or "word_embeddings" in name for name, value in weights(trained.best_model).items()
+    )
+    with pytest.raises(TrainingError, match="1 windows of this epoch failed, over --max_window_failures"):
+        run(f"--model_path {encoder} --max_window_failures 0.001 --epochs 1", "many")
+
+
+def test_a_learning_rate_that_explodes_is_an_error(run):
+    with pytest.raises(TrainingError, match="not finite"):
+        run("--learning_rate 1e30 --gradient_clip_val 0 --num_warmup_steps 0 --optimizer_type sgd")
+
+
+def test_objective_sums():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 0, 1])
+    per_document = nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)
+    torch.testing.assert_close(Objective(0.1).loss_sum(logits, labels), per_document.sum())
+    weights = torch.tensor([0.5, 2.0, 3.0])
+    plain = nn.functional.cross_entropy(logits, labels, reduction="none")
+    torch.testing.assert_close(Objective(0.0, weights).loss_sum(logits, labels), (plain * weights[labels]).sum())
+    several = torch.from_numpy(np.eye(3, dtype=np.float32)[labels.numpy()])
+    smoothed = several * 0.9 + 0.05
+    expected = -(smoothed * torch.sigmoid(logits).log() + (1 - smoothed) * torch.sigmoid(-logits).log()).sum()
+    torch.testing.assert_close(Objective(0.1).loss_sum(logits, several), expected)
+
+
+class Imbalanced:
+    """What `class_weights` looks at, of 11 and 6 documents."""
+
+    label_names = ("early", "late")
+
+    def __init__(self, labels: np.ndarray) -> None:
+        self.labels = labels
+
+
+def test_balanced_class_weights():
+    settings = parse_settings(["--class_weights", "balanced"])
+    single = np.array([0] * 11 + [1] * 6)
+    torch.testing.assert_close(class_weights(settings, Imbalanced(single)), torch.tensor([17 / 22, 17 / 12]))
+    torch.testing.assert_close(class_weights(settings, Imbalanced(np.eye(2)[single])), torch.tensor([6 / 11, 11 / 6]))
+    assert class_weights(parse_settings([]), Imbalanced(single)) is None
