@@ -21,7 +21,8 @@ from pydantic.fields import FieldInfo
 
 from utils import ConfigError
 
-TRAINING_MODES = ("train", "train_steps", "train_and_evaluate")
+DEFAULT_ENCODER = "roberta-base"
+DEFAULT_TEST_PATH = ("data/validation",)
 
 Paths = Annotated[
     tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value), Field(min_length=1)

@@ -30,9 +30,8 @@ from huggingface_hub.utils import validate_repo_id
 from tokenizers import Tokenizer
 from transformers import BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
-from utils import ConfigError, ModelError, ReBertaError, error_handler, logger, setup_logging
+from utils import PRETRAINED, ConfigError, ModelError, ReBertaError, error_handler, logger, setup_logging
 
-PRETRAINED = Path(__file__).resolve().parent / "models" / "pretrained"
 DEFAULT_MODELS = {"hub": "roberta-base", "pypi": "minilm-l6"}
 ENCODER_FILES = ("config.json", "model.safetensors", "tokenizer.json")
 HUB_FILES = [

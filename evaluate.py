@@ -19,8 +19,16 @@ from config import Settings
 from data_utils.dataset import LongTextBatchSampler, LongTextDataset, collate
 from evaluation_utils import evaluate_model
 from models.checkpoint import Checkpoint, load_checkpoint_tokenizer, load_model_and_config
-from run_folder import made_up_folder
-from utils import DataError, ModelError, error_handler, get_device, logger, mixed_precision_type, setup_logging
+from utils import (
+    DataError,
+    ModelError,
+    error_handler,
+    get_device,
+    logger,
+    made_up_folder,
+    mixed_precision_type,
+    setup_logging,
+)
 
 READING = ("window_size", "window_overlap", "max_windows", "max_len", "text_column", "label_column")
 

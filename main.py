@@ -14,10 +14,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from config import Settings, parse_settings
+from config import DEFAULT_TEST_PATH, Settings, parse_settings
 from utils import ReBertaError, limit_gpu_memory, logger, quiet_libraries, setup_logging
-
-DEFAULT_TEST_PATH = ("data/validation",)
 
 
 def dispatch(settings: Settings) -> None:

@@ -22,7 +22,7 @@ import torch
 from transformers.trainer_utils import get_last_checkpoint
 
 from config import Settings
-from utils import ConfigError, atomic_path, logger, setup_logging
+from utils import ConfigError, atomic_path, logger, made_up_folder, setup_logging
 
 SETTINGS_FILE = "settings.json"
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "scikit-learn", "numpy")
@@ -59,11 +59,6 @@ class RunFolder:
             with file.open("rb") as stream:
                 environment["data"][str(file)] = hashlib.file_digest(stream, "sha256").hexdigest()
         _write_json(path, environment)
-
-
-def made_up_folder(name: str) -> Path:
-    """`logs/<name>-<time>`, for a run or report whose folder the user leaves open."""
-    return Path("logs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def open_run_folder(settings: Settings) -> tuple[RunFolder, str | None]:

@@ -36,13 +36,13 @@ from transformers import (
     set_seed,
 )
 
-from config import Settings
+from config import DEFAULT_ENCODER, Settings
 from data_utils.augmentation import Masking
 from data_utils.dataset import LongTextBatchSampler, LongTextDataset, collate, load_tokenizer
 from data_utils.readers import expand_paths
 from evaluation_utils import classification_metrics, predict, probabilities, tune_thresholds
 from models.checkpoint import is_checkpoint, load_checkpoint_tokenizer, save_checkpoint
-from models.registry import DEFAULT_ENCODER, build_model
+from models.registry import build_model
 from run_folder import RunFolder, open_run_folder
 from utils import ConfigError, DataError, TrainingError, error_handler, get_device, logger, mixed_precision_type
 from visualization_utils import save_run_curves

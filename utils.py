@@ -4,6 +4,7 @@
 - `error_handler`, `validate_params`: decorators for stages (load data, build model, fit, evaluate, save)
 - `setup_logging`: one format, to the console and, where asked, to a file
 - `atomic_path`: a file is written under a temporary name and moved into place
+- `made_up_folder`, `find_encoder`: where reports go and encoders lie
 - `get_device`, `mixed_precision_type`: where to compute, and in what
 - `limit_gpu_memory`, `clean_gpu_memory`, `log_gpu_usage`: the GPU's memory; they do nothing on a CPU
 """
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Literal, ParamSpec, TypeVar, overload
 
@@ -29,6 +31,8 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 logger = logging.getLogger("reberta")
+
+PRETRAINED = Path(__file__).parent / "models" / "pretrained"
 
 
 class ReBertaError(Exception):
@@ -202,6 +206,17 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def made_up_folder(name: str) -> Path:
+    """`logs/<name>-<time>`, for a run or report whose folder the user leaves open."""
+    return Path("logs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def find_encoder(name: str | Path) -> str:
+    """Where transformers finds an encoder: a folder, else one below models/pretrained, else a name on the hub."""
+    local = PRETRAINED / name
+    return str(local if not Path(name).exists() and local.is_dir() else name)
 
 
 def get_device(name: str | None = None) -> torch.device:

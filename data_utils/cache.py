@@ -1,0 +1,210 @@
+"""Documents prepared once: read, checked, tokenised and cut into windows, kept in a memory-mapped Arrow file.
+
+- the key of a cache is made of all that shapes it: the files (path, size, time of change), the tokenizer, the settings,
+  the version of this format; a change of any makes another cache
+- built beside its place and moved into it when complete; one process builds, others wait for it
+- what is found incomplete or damaged is built again
+- the bad lines that were left out are kept with it, so that a second start reports them too
+- it is safe to delete the folder at any time
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import tokenizers
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from data_utils.readers import Quarantine, checked_records
+from data_utils.records import Columns, ProblemType
+from data_utils.tokenization import tokenize
+from data_utils.windows import capacity, check_window_options, cut_windows
+from utils import ConfigError, DataLoadError, ResourceError, logger
+
+FORMAT = 1
+DEFAULT_CACHE = Path.home() / ".cache" / "reberta"
+DOCUMENTS, QUARANTINE, MANIFEST = "documents.arrow", "quarantine.jsonl", "manifest.json"
+_FLUSH_TOKENS = 500_000
+
+SCHEMA = pa.schema(
+    {
+        "windows": pa.list_(pa.int32()),  # the windows one after the other, without the padding of the last
+        "tokens": pa.int64(),  # content tokens of the whole document
+        "tokens_read": pa.int64(),  # those that stand in windows, each counted once
+        "labels": pa.list_(pa.string()),
+        "id": pa.string(),
+        "source": pa.string(),
+        "word_starts": pa.list_(pa.bool_()),  # of the tokens read; null where words were not asked for
+    }
+)
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """All that shapes the prepared documents. Raises ConfigError for windows that cannot be cut."""
+
+    files: tuple[Path, ...]
+    tokenizer: PreTrainedTokenizerBase
+    window_size: int
+    window_overlap: int
+    max_windows: int | None
+    max_len: int | None
+    columns: Columns
+    problem_type: ProblemType
+    skip_bad_lines: bool
+    words: bool
+
+    def __post_init__(self) -> None:
+        check_window_options(self.window_size, self.window_overlap, self.max_windows)
+        if self.max_len is not None and self.max_len < 1:
+            raise ConfigError(f"--max_len {self.max_len}: must be at least 1")
+
+    @property
+    def token_limit(self) -> int | None:
+        """How many content tokens of a document are read at most."""
+        limits = [] if self.max_len is None else [self.max_len]
+        if self.max_windows is not None:
+            limits.append(capacity(self.max_windows, self.window_size, self.window_overlap))
+        return min(limits, default=None)
+
+    def key(self) -> str:
+        """A name for the cache of exactly this preparation."""
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        content = {
+            "format": FORMAT,
+            "files": [_stamp(file) for file in self.files],
+            "tokenizer": hashlib.sha256(backend.to_str().encode("utf-8")).hexdigest(),
+            "tokenizers": tokenizers.__version__,
+            "special": [self.tokenizer.cls_token_id, self.tokenizer.sep_token_id],
+            "windows": [self.window_size, self.window_overlap, self.token_limit],
+            "reading": [self.columns, self.problem_type, self.skip_bad_lines, self.words],
+        }
+        return hashlib.sha256(json.dumps(content).encode("utf-8")).hexdigest()[:32]
+
+    def build(self, folder: Path) -> None:
+        """Write the prepared documents, the quarantine and, last, the manifest into `folder`."""
+        path = folder / DOCUMENTS
+        with (
+            Quarantine(folder / QUARANTINE) as quarantine,
+            pa.OSFile(str(path), "wb") as file,
+            pa.ipc.new_stream(file, SCHEMA) as writer,
+        ):
+            for rows in _flushes(self._rows(quarantine)):
+                writer.write_batch(pa.RecordBatch.from_pylist(rows, schema=SCHEMA))
+        sizes = {name: (folder / name).stat().st_size for name in (DOCUMENTS, QUARANTINE)}
+        (folder / MANIFEST).write_text(json.dumps(sizes), encoding="utf-8")
+
+    def _rows(self, quarantine: Quarantine) -> Iterator[dict[str, object]]:
+        records = checked_records(
+            self.files, self.columns, self.problem_type, quarantine if self.skip_bad_lines else None
+        )
+        bar = tqdm(records, desc="Preparing documents", unit=" documents", disable=None)
+        keyed = ((record._replace(text=""), record.text) for record in bar)
+        cut = functools.partial(
+            cut_windows,
+            window_size=self.window_size,
+            cls_id=self.tokenizer.cls_token_id,
+            sep_id=self.tokenizer.sep_token_id,
+            pad_id=self.tokenizer.pad_token_id,
+            overlap=self.window_overlap,
+        )
+        limit = self.token_limit
+        for record, tokens in tokenize(self.tokenizer, keyed, self.words):
+            input_ids, mask = cut(tokens.ids[:limit])
+            yield {
+                "windows": input_ids.reshape(-1)[: int(mask.sum())],
+                "tokens": len(tokens.ids),
+                "tokens_read": len(tokens.ids[:limit]),
+                "labels": [record.label] if isinstance(record.label, str) else record.label,
+                "id": record.id,
+                "source": record.source,
+                "word_starts": None if tokens.word_starts is None else tokens.word_starts[:limit],
+            }
+
+
+def _flushes(rows: Iterator[dict[str, object]]) -> Iterator[list[dict[str, object]]]:
+    waiting: list[dict[str, object]] = []
+    tokens = 0
+    for row in rows:
+        waiting.append(row)
+        tokens += len(row["windows"])  # type: ignore[arg-type]
+        if tokens >= _FLUSH_TOKENS:
+            yield waiting
+            waiting, tokens = [], 0
+    if waiting:
+        yield waiting
+
+
+def prepare(preparation: Preparation, cache_dir: Path | None = None) -> Path:
+    """The folder that holds these prepared documents; they are prepared now if they are not there yet.
+
+    Raises DataError for documents that cannot be read, ResourceError where the cache folder cannot be written.
+    """
+    root = Path(cache_dir or DEFAULT_CACHE)
+    key = preparation.key()
+    folder = root / key
+    if is_whole(folder):
+        return folder
+    lock = FileLock(root / f"{key}.lock")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _acquire(lock)
+    except OSError as error:
+        raise ResourceError(f"{root}: the cache cannot be written ({error}); make the folder writable") from error
+    try:
+        if not is_whole(folder):
+            _build_in_place(preparation, key, folder)
+    finally:
+        lock.release()
+    return folder
+
+
+def _acquire(lock: FileLock) -> None:
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        logger.info("Another process prepares these documents; waiting for it")
+        lock.acquire()
+
+
+def _build_in_place(preparation: Preparation, key: str, folder: Path) -> None:
+    for leftover in folder.parent.glob(f".{key}.*"):
+        shutil.rmtree(leftover)
+    if folder.exists():
+        logger.warning("%s: the cache is incomplete or damaged; it is built again", folder)
+        shutil.rmtree(folder)
+    temporary = folder.parent / f".{key}.{os.getpid()}"
+    temporary.mkdir()
+    try:
+        preparation.build(temporary)
+        if preparation.key() != key:
+            raise DataLoadError(f"{preparation.files[0]}: a data file was changed while it was read; start again")
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether `folder` holds a complete cache."""
+    try:
+        sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return all((folder / name).stat().st_size == sizes[name] for name in (DOCUMENTS, QUARANTINE))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _stamp(file: Path) -> tuple[str, int, int]:
+    status = file.stat()
+    return str(file.resolve()), status.st_size, status.st_mtime_ns

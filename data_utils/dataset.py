@@ -1,0 +1,273 @@
+"""Documents as windows, ready for the model.
+
+- `LongTextDataset`: prepared once and memory-mapped (see `cache`); labels, counts and coverage of all documents
+- a sample, seeded and stratified by label; masking that follows the epoch into the workers
+- `collate`: documents of a batch padded to the longest, windows trimmed to the longest
+- `LongTextBatchSampler` (see `sampler`) and `load_tokenizer` (see `tokenization`) are importable from here too
+
+B documents, N windows, W tokens a window, C labels.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from data_utils.augmentation import Masking
+from data_utils.cache import DOCUMENTS, QUARANTINE, Preparation, prepare
+from data_utils.labels import distinct_labels, encode_labels, stratified_sample
+from data_utils.readers import OnBadLines, Paths, expand_paths
+from data_utils.records import Columns, ProblemType, check_text
+from data_utils.sampler import LongTextBatchSampler
+from data_utils.tokenization import load_tokenizer, tokenize
+from data_utils.windows import capacity, content_positions, cut_windows
+from utils import ConfigError, DataFormatError, atomic_path, logger
+
+__all__ = ["LongTextBatchSampler", "LongTextDataset", "Masking", "collate", "load_tokenizer"]
+
+
+class LongTextDataset(Dataset[dict[str, Any]]):
+    """Labelled documents, each cut into windows.
+
+    Item i is a dict: `input_ids` and `attention_mask`, LongTensor [N, W]; `labels`, LongTensor [] (`multi_label`:
+    FloatTensor [C]), absent where the documents have no labels; `index`, i.
+
+    Attributes, in the order of the items: `window_counts`, `token_counts` (content tokens of the whole document),
+    `tokens_read` (those in windows, each counted once), `ids`, and `labels`: int64 [documents], `multi_label` int8
+    [documents, C], or None. `label_names` gives the labels' order: as handed in, or sorted, whole numbers by value.
+
+    Raises DataFormatError (with file and line) for bad documents and labels that `label_names` does not know,
+    DataLoadError for files that cannot be read, ModelError for a tokenizer that cannot be used, ConfigError for
+    options that cannot be.
+    """
+
+    def __init__(
+        self,
+        file_paths: Paths,
+        max_len: int | None = None,
+        model_name: str | Path = "roberta-base",
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        window_size: int = 256,
+        max_windows: int | None = 16,
+        window_overlap: int = 0,
+        text_column: str = "text",
+        label_column: str = "label",
+        problem_type: ProblemType = "single_label",
+        label_names: Sequence[str] | None = None,
+        require_labels: bool = True,
+        on_bad_lines: OnBadLines = "error",
+        quarantine_path: str | Path | None = None,
+        cache_dir: Path | None = None,
+        sample_data: int | None = None,
+        seed: int = 42,
+        augmentation: Masking | None = None,
+    ) -> None:
+        if sample_data is not None and sample_data < 1:
+            raise ConfigError(f"--sample_data {sample_data}: must be at least 1")
+        self.tokenizer = load_tokenizer(model_name) if tokenizer is None else tokenizer
+        self.augmentation = augmentation
+        self.preparation = Preparation(
+            files=tuple(expand_paths(file_paths)),
+            tokenizer=self.tokenizer,
+            window_size=window_size,
+            window_overlap=window_overlap,
+            max_windows=max_windows,
+            max_len=max_len,
+            columns=Columns(text_column, label_column, require_labels),
+            problem_type=problem_type,
+            skip_bad_lines=on_bad_lines == "skip",
+            words=augmentation is not None and augmentation.whole_word,
+        )
+        folder = prepare(self.preparation, cache_dir)
+        self._documents = datasets.Dataset.from_file(str(folder / DOCUMENTS))
+        self.label_names = distinct_labels(self._column("labels")) if label_names is None else list(label_names)
+        self.labels, known = self._known_labels()
+        self.skipped = self._leave_out(np.flatnonzero(~known), folder / QUARANTINE, quarantine_path)
+        self._rows = np.flatnonzero(known)
+        if sample_data is not None:
+            labels = None if self.labels is None else self.labels[self._rows]
+            self._rows = self._rows[stratified_sample(labels, len(self._rows), sample_data, seed)]
+        if self.labels is not None:
+            self.labels = self.labels[self._rows]
+        self.token_counts = self._column("tokens").to_numpy()[self._rows]
+        self.tokens_read = self._column("tokens_read").to_numpy()[self._rows]
+        stored = pc.list_value_length(self._column("windows")).to_numpy()[self._rows]
+        self.window_counts = -(-stored.astype(np.int64) // window_size)
+        self._special_ids = np.array(self.tokenizer.all_special_ids)
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
+        self._log_coverage()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = int(self._rows[index])
+        flat = self._cell("windows", row)
+        shape_NW = (int(self.window_counts[index]), self.preparation.window_size)
+        input_ids = np.full(shape_NW, self.tokenizer.pad_token_id, dtype=np.int64)
+        input_ids.reshape(-1)[: len(flat)] = flat
+        attention_mask = torch.zeros(shape_NW, dtype=torch.int64)
+        attention_mask.view(-1)[: len(flat)] = 1
+        if self.augmentation is not None:
+            input_ids = self._masked(self.augmentation, input_ids, row, int(self.tokens_read[index]))
+        item = {"input_ids": torch.from_numpy(input_ids), "attention_mask": attention_mask, "index": index}
+        if self.labels is not None:
+            item["labels"] = torch.as_tensor(self.labels[index], dtype=self._label_type)
+        return item
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """The documents' ids; read from the file when asked for."""
+        return _Cells(self._column("id"), self._rows)
+
+    @property
+    def truncated(self) -> int:
+        """How many documents are longer than what is read of them."""
+        return int((self.tokens_read < self.token_counts).sum())
+
+    def coverage(self) -> dict[str, int | float]:
+        """`tokens_total`, `tokens_read`, `share` (read of total; 1.0 where there are none), `documents_truncated`."""
+        total, read = int(self.token_counts.sum()), int(self.tokens_read.sum())
+        share = read / total if total else 1.0
+        return {"tokens_total": total, "tokens_read": read, "share": share, "documents_truncated": self.truncated}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose masks are drawn; workers that are already running see it too."""
+        self._epoch[0] = epoch
+
+    @staticmethod
+    def preprocess_single_text(
+        tokenizer: PreTrainedTokenizerBase,
+        text: str,
+        window_size: int = 512,
+        max_windows: int | None = 50,
+        *,
+        window_overlap: int = 0,
+        max_len: int | None = None,
+    ) -> dict[str, Tensor]:
+        """One text as `input_ids` and `attention_mask`, LongTensors [N, W]. Raises DataFormatError for a bad text.
+
+        A text that is not read to its end is reported in the log.
+        """
+        _, tokens = next(tokenize(tokenizer, [(None, check_text(text))]))
+        special = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
+        windows = cut_windows(tokens.ids[:max_len], window_size, *special, window_overlap, max_windows)
+        input_ids, attention_mask = (torch.from_numpy(array).long() for array in windows)
+        room = min(capacity(len(input_ids), window_size, window_overlap), max_len or len(tokens.ids))
+        if len(tokens.ids) > room:
+            logger.warning("Of the text's %d tokens the first %d are read", len(tokens.ids), room)
+        return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+    @property
+    def _label_type(self) -> torch.dtype:
+        return torch.int64 if self.preparation.problem_type == "single_label" else torch.float32
+
+    def _column(self, name: str) -> pa.ChunkedArray:
+        return self._documents.data.column(name)
+
+    def _cell(self, name: str, row: int) -> np.ndarray:
+        return self._column(name)[row].values.to_numpy(zero_copy_only=False)
+
+    def _masked(self, masking: Masking, input_ids: np.ndarray, row: int, tokens: int) -> np.ndarray:
+        positions = content_positions(tokens, self.preparation.window_size, self.preparation.window_overlap)
+        positions[np.isin(input_ids, self._special_ids)] = -1
+        word_starts = self._cell("word_starts", row) if masking.whole_word else np.ones(tokens, dtype=bool)
+        return masking.apply(input_ids, positions, word_starts, int(self._epoch), row)
+
+    def _known_labels(self) -> tuple[np.ndarray | None, np.ndarray]:
+        """The labels of all prepared documents (None where some have none and need none), and which are known."""
+        labels, known = encode_labels(self._column("labels"), self.label_names, self.preparation.problem_type)
+        if known.all() or self.preparation.columns.needs_label:
+            return labels, known
+        if known.any():
+            logger.warning("%d of %d documents have no known label; labels are not used", (~known).sum(), len(known))
+        return None, np.ones_like(known)
+
+    def _leave_out(self, unknown: np.ndarray, quarantine: Path, quarantine_path: str | Path | None) -> int:
+        """Report the bad lines and, as such, the documents with unknown labels: how many there are."""
+        if len(unknown) and not self.preparation.skip_bad_lines:
+            fault = self._unknown_label(int(unknown[0]))
+            advice = "correct it, or leave such lines out with --on_bad_lines skip"
+            raise DataFormatError(f"{fault['source']}: {fault['reason']}; {advice}")
+        if len(unknown) == len(self._documents):
+            fault = self._unknown_label(0)
+            raise DataFormatError(f"{fault['source']}: {fault['reason']}; as in all documents, none is left")
+        with quarantine.open(encoding="utf-8") as lines:
+            skipped = sum(1 for _ in lines) + len(unknown)
+        if quarantine_path is not None and self.preparation.skip_bad_lines:
+            with atomic_path(quarantine_path) as temporary:
+                shutil.copyfile(quarantine, temporary)
+                with temporary.open("a", encoding="utf-8") as more:
+                    more.writelines(json.dumps(self._unknown_label(int(row))) + "\n" for row in unknown)
+        if skipped:
+            logger.warning("%d bad lines were left out; they are in %s", skipped, quarantine_path or quarantine)
+        return skipped
+
+    def _unknown_label(self, row: int) -> dict[str, str]:
+        document = {name: self._column(name)[row].as_py() for name in ("source", "id", "labels")}
+        unknown = ", ".join(repr(name) for name in document["labels"] if name not in self.label_names)
+        known = ", ".join(self.label_names[:20]) + (", ..." if len(self.label_names) > 20 else "")
+        reason = f"unknown label {unknown}; the known ones are {known}"
+        return {"source": document.pop("source"), "reason": reason, "raw": json.dumps(document)}
+
+    def _log_coverage(self) -> None:
+        coverage = self.coverage()
+        logger.info(
+            "%s: %d documents, %d windows; %.1f %% of %d tokens are read; %d documents are read in part",
+            ", ".join(str(file) for file in self.preparation.files[:3]),
+            len(self),
+            self.window_counts.sum(),
+            100 * coverage["share"],
+            coverage["tokens_total"],
+            coverage["documents_truncated"],
+        )
+
+
+class _Cells(Sequence[str]):
+    """Some rows of a column of strings, read one by one when asked for."""
+
+    def __init__(self, column: pa.ChunkedArray, rows: np.ndarray) -> None:
+        self._column = column
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        return self._column[int(self._rows[index])].as_py()
+
+
+def collate(items: Sequence[dict[str, Any]], pad_token_id: int = 0) -> dict[str, Tensor]:
+    """Items of a `LongTextDataset` as one batch.
+
+    `input_ids` and `attention_mask` [B, N, W], N of the document with the most windows, W of the longest window;
+    windows that a document does not have are padding with a mask of zeros. `labels` [B] or [B, C] where there are any;
+    `index` [B].
+    """
+    windows = max(len(item["input_ids"]) for item in items)
+    width = max(int(item["attention_mask"].sum(dim=1).max()) for item in items)
+    input_ids = torch.full((len(items), windows, width), pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros_like(input_ids)
+    for place, item in enumerate(items):
+        input_ids[place, : len(item["input_ids"])] = item["input_ids"][:, :width]
+        attention_mask[place, : len(item["input_ids"])] = item["attention_mask"][:, :width]
+    batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if "labels" in items[0]:
+        batch["labels"] = torch.stack([item["labels"] for item in items])
+    batch["index"] = torch.tensor([item["index"] for item in items])
+    return batch

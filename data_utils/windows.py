@@ -1,0 +1,79 @@
+"""Tokens to windows [N, W]; pure functions.
+
+- a window is [CLS] + at most W-2 content tokens + [SEP], padded on the right
+- neighbours share `overlap` content tokens; no window holds only what the one before already held
+- the mask follows from lengths, never from comparing with the pad id
+
+N windows, W tokens a window, T content tokens.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from utils import ConfigError
+
+SPECIALS = 2  # [CLS] and [SEP]
+
+
+def check_window_options(window_size: int, overlap: int = 0, max_windows: int | None = None) -> None:
+    """Raise ConfigError unless windows of this shape can be cut."""
+    if window_size <= SPECIALS:
+        raise ConfigError(f"--window_size {window_size}: a window needs room for [CLS], [SEP] and a token; at least 3")
+    if not 0 <= overlap < window_size - SPECIALS:
+        raise ConfigError(
+            f"--window_overlap {overlap}: must be at least 0 and below the {window_size - SPECIALS} content tokens "
+            "of a window"
+        )
+    if max_windows is not None and max_windows < 1:
+        raise ConfigError(f"--max_windows {max_windows}: must be at least 1")
+
+
+def window_count(tokens: int, window_size: int, overlap: int = 0, max_windows: int | None = None) -> int:
+    """How many windows `tokens` content tokens make; no tokens make one."""
+    content = window_size - SPECIALS
+    wanted = 1 + max(0, -(-(tokens - content) // (content - overlap)))
+    return wanted if max_windows is None else min(wanted, max_windows)
+
+
+def capacity(windows: int, window_size: int, overlap: int = 0) -> int:
+    """How many content tokens `windows` windows hold, each counted once."""
+    content = window_size - SPECIALS
+    return content + (windows - 1) * (content - overlap)
+
+
+def content_positions(tokens: int, window_size: int, overlap: int = 0) -> np.ndarray:
+    """For each slot of the windows of `tokens` content tokens the token that stands there, or -1: int64 [N, W]."""
+    content = window_size - SPECIALS
+    starts_N = np.arange(window_count(tokens, window_size, overlap)) * (content - overlap)
+    lengths_N = np.minimum(tokens - starts_N, content)
+    slots_W = np.arange(window_size) - 1
+    is_content_NW = (slots_W >= 0) & (slots_W < lengths_N[:, None])
+    return np.where(is_content_NW, starts_N[:, None] + slots_W, -1)
+
+
+def cut_windows(
+    token_ids: np.ndarray,
+    window_size: int,
+    cls_id: int,
+    sep_id: int,
+    pad_id: int,
+    overlap: int = 0,
+    max_windows: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut content tokens [T] into `input_ids` and `attention_mask`, both int32 [N, W].
+
+    What does not fit into `max_windows` is left out. Raises ConfigError for a shape that cannot be cut.
+    """
+    check_window_options(window_size, overlap, max_windows)
+    tokens = len(token_ids)
+    if max_windows is not None:
+        tokens = min(tokens, capacity(max_windows, window_size, overlap))
+    positions_NW = content_positions(tokens, window_size, overlap)
+    padded = np.append(np.asarray(token_ids[:tokens], dtype=np.int32), np.int32(pad_id))
+    input_ids_NW = padded[positions_NW]
+    content_N = (positions_NW >= 0).sum(axis=1)
+    input_ids_NW[:, 0] = cls_id
+    input_ids_NW[np.arange(len(content_N)), content_N + 1] = sep_id
+    attention_mask_NW = (np.arange(window_size) < content_N[:, None] + SPECIALS).astype(np.int32)
+    return input_ids_NW, attention_mask_NW

@@ -1,0 +1,391 @@
+"""Predictions of a model, what they are worth, and the report on them.
+
+- `predict`: logits of a data set in its own order, whatever the order of the batches, and the windows that failed
+- `probabilities`, `predicted_labels`, `tune_thresholds`: from logits to labels, one or several a document
+- `classification_metrics`, `metrics_by_length`: scikit-learn's measures by class, averaged and by document length;
+  log loss and calibration error
+- `evaluate_model`: all of it, written to a folder as text, JSON, figures and, where asked, `predictions.csv`
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import accuracy_score, f1_score, precision_recall_curve, precision_recall_fscore_support
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from utils import DataError, ModelError, TrainingError, atomic_path, error_handler, logger
+from visualization_utils import display_width, save_class_metrics, save_confusion_matrix, shorten
+
+LENGTH_EDGES = (512, 1024, 2048, 4096, 8192, 16384)
+CALIBRATION_BINS = 15
+MOST_NAMES = 20  # failures that are named; all are counted
+MEASURES = ("precision", "recall", "f1")
+FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run such a cell (OWASP, CSV injection)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of n documents, in the order of the data set."""
+
+    logits: np.ndarray
+    """[n, C], float32."""
+    labels: np.ndarray | None
+    """[n] class indices, or [n, C] 0/1; None if the data have none."""
+    index: np.ndarray
+    """[n] places in the data set, ascending."""
+    windows: int
+    failed_windows: int
+    failures: list[tuple[int, int]]
+    """Place of the document and number of the window, of the first `MOST_NAMES` windows that failed."""
+
+
+def predict(model: nn.Module, data_loader: DataLoader, device: torch.device | str) -> Prediction:
+    """The logits of all documents of `data_loader`, whose batches are dicts such as `collate` makes.
+
+    Batches may come in any order if they carry `index`; otherwise the order is that of the loader. Logits stay on the
+    device until the end, so that it never waits for the host. A document all of whose windows failed has NaN logits.
+
+    Raises:
+        DataError: the loader has no documents.
+    """
+    logits, failures, labels, index = [], [], [], []
+    windows = documents = 0
+    was_training = model.training
+    model.eval()
+    for batch in tqdm(data_loader, desc="predict", unit="batch", leave=False, disable=None):
+        mask_BNW = batch["attention_mask"]
+        with torch.inference_mode():
+            output = model(
+                input_ids=batch["input_ids"].to(device, non_blocking=True),
+                attention_mask=mask_BNW.to(device, non_blocking=True),
+            )
+        logits.append(output.logits.float())
+        failures.append(output.hidden_states.window_failures)
+        labels += [batch["labels"]] if "labels" in batch else []
+        index.append(batch.get("index", torch.arange(documents, documents + len(mask_BNW))))
+        windows += int(mask_BNW.any(-1).sum())
+        documents += len(mask_BNW)
+    model.train(was_training)
+    if not documents:
+        raise DataError("there are no documents to predict: the data loader is empty; look at the data path")
+    failed = sorted(
+        (int(index_B[row]), window)
+        for index_B, failed_BN in zip(index, failures, strict=True)
+        for row, window in failed_BN.nonzero().tolist()
+    )
+    index_n = torch.cat(index)
+    order_n = index_n.argsort()
+    return Prediction(
+        logits=torch.cat(logits).cpu()[order_n].numpy(),
+        labels=torch.cat(labels)[order_n].numpy() if labels else None,
+        index=index_n[order_n].numpy(),
+        windows=windows,
+        failed_windows=len(failed),
+        failures=failed[:MOST_NAMES],
+    )
+
+
+def probabilities(logits: np.ndarray, problem_type: str = "single_label") -> np.ndarray:
+    """[n, C], float64: softmax over the classes, or a sigmoid for each with `multi_label`."""
+    scores = torch.from_numpy(logits).double()
+    return (scores.sigmoid() if problem_type == "multi_label" else scores.softmax(-1)).numpy()
+
+
+def predicted_labels(
+    probabilities: np.ndarray, problem_type: str = "single_label", thresholds: Sequence[float] | None = None
+) -> np.ndarray:
+    """[n] class indices; with `multi_label` [n, C] 0/1, 1 from the class's threshold (0.5 by default) upwards."""
+    if problem_type == "multi_label":
+        return (probabilities >= (0.5 if thresholds is None else np.asarray(thresholds))).astype(np.int64)
+    return probabilities.argmax(-1)
+
+
+def tune_thresholds(probabilities: np.ndarray, labels: np.ndarray) -> list[float]:
+    """For each class the threshold with the best F1 on these documents (validation data); 0.5 for a class without any.
+
+    `probabilities` [n, C], `labels` [n, C] 0/1.
+    """
+    return [
+        _best_threshold(scores, truth) if truth.any() else 0.5
+        for scores, truth in zip(probabilities.T, labels.T, strict=True)
+    ]
+
+
+def _best_threshold(scores: np.ndarray, truth: np.ndarray) -> float:
+    precision, recall, thresholds = precision_recall_curve(truth, scores)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
+    return float(thresholds[f1[:-1].argmax()])
+
+
+def calibration_error(probabilities: np.ndarray, outcomes: np.ndarray, bins: int = CALIBRATION_BINS) -> float:
+    """Expected calibration error (Guo et al., 2017, eq. 5): mean gap of probability and frequency over equal bins."""
+    place = np.minimum((probabilities * bins).astype(np.int64), bins - 1)
+    return float(np.abs(np.bincount(place, weights=outcomes - probabilities)).sum() / len(probabilities))
+
+
+def classification_metrics(
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    label_names: Sequence[str],
+    problem_type: str = "single_label",
+    thresholds: Sequence[float] | None = None,
+) -> dict[str, Any]:
+    """Plain numbers: `accuracy`, `{precision,recall,f1}_{macro,weighted}`, `log_loss`, `ece`, `ece_classwise`, and
+    `per_class`, a list of `label`, `precision`, `recall`, `f1`, `support`.
+
+    `ece` looks at the probability of the predicted class, `ece_classwise` is the mean over classes of the same for
+    the class's own probability (Kull et al., 2019). With `multi_label` accuracy wants all labels of a document right,
+    there are `*_micro` averages too, and `ece` looks at all classes of all documents. What would divide by zero is 0.
+
+    Args:
+        labels: [n] class indices, or [n, C] 0/1.
+        probabilities: [n, C].
+    """
+    multi = problem_type == "multi_label"
+    predicted = predicted_labels(probabilities, problem_type, thresholds)
+    truth = labels.astype(np.int64)
+    classes = _sklearn_labels(np.arange(len(label_names)), truth)
+    truth_nC = truth if multi else np.eye(len(label_names), dtype=np.int64)[truth]
+    metrics: dict[str, Any] = {"accuracy": float(accuracy_score(truth, predicted))}
+    for average in ("macro", "weighted", "micro")[: 3 if multi else 2]:
+        scores = precision_recall_fscore_support(truth, predicted, labels=classes, average=average, zero_division=0)
+        metrics |= {f"{measure}_{average}": float(score) for measure, score in zip(MEASURES, scores, strict=False)}
+    metrics["log_loss"] = _log_loss(probabilities, truth_nC, multi)
+    likely, right = (probabilities.ravel(), truth_nC.ravel()) if multi else (probabilities.max(-1), predicted == truth)
+    metrics["ece"] = calibration_error(likely, right)
+    metrics["ece_classwise"] = float(np.mean(list(map(calibration_error, probabilities.T, truth_nC.T))))
+    columns = precision_recall_fscore_support(truth, predicted, labels=classes, zero_division=0)
+    metrics["per_class"] = [
+        {"label": name, "precision": float(p), "recall": float(r), "f1": float(f), "support": int(support)}
+        for name, p, r, f, support in zip(label_names, *columns, strict=True)
+    ]
+    return metrics
+
+
+def _sklearn_labels(classes: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """`labels=` for scikit-learn, which takes a single column of 0/1 for two classes."""
+    return classes + 1 if truth.shape[1:] == (1,) else classes
+
+
+def _log_loss(probabilities: np.ndarray, truth_nC: np.ndarray, multi: bool) -> float:
+    epsilon = np.finfo(float).eps
+    clipped = probabilities.clip(epsilon, 1 - epsilon)
+    if multi:
+        return float(-np.where(truth_nC, np.log(clipped), np.log(1 - clipped)).mean())
+    return float(-np.log(clipped[truth_nC.astype(bool)]).mean())
+
+
+def metrics_by_length(
+    labels: np.ndarray,
+    predicted: np.ndarray,
+    token_counts: Sequence[int] | np.ndarray,
+    edges: Sequence[int] = LENGTH_EDGES,
+) -> list[dict[str, Any]]:
+    """Scores of the documents with `from` <= tokens < `to` (None: no limit), for each such range that has documents.
+
+    Macro F1 is over the classes that occur among the documents of the range.
+    """
+    tokens = np.asarray(token_counts)
+    rows = []
+    for low, high in zip((0, *edges), (*edges, None), strict=True):
+        inside = (tokens >= low) & (tokens < (np.inf if high is None else high))
+        if not inside.any():
+            continue
+        truth, said = labels[inside].astype(np.int64), predicted[inside]
+        present = _sklearn_labels(np.flatnonzero(truth.any(0)) if truth.ndim == 2 else np.unique(truth), truth)
+        f1 = f1_score(truth, said, labels=present, average="macro", zero_division=0) if len(present) else 0.0
+        row = {"from": low, "to": high, "documents": int(inside.sum())}
+        rows.append(row | {"accuracy": float(accuracy_score(truth, said)), "f1_macro": float(f1)})
+    return rows
+
+
+@error_handler()
+def evaluate_model(
+    model: nn.Module,
+    data_loader: DataLoader,
+    device: torch.device | str,
+    label_names: Sequence[str],
+    log_dir: str | Path,
+    *,
+    problem_type: str = "single_label",
+    thresholds: Sequence[float] | None = None,
+    max_window_failures: float = 1.0,
+    predictions_path: str | Path | None = None,
+    ids: Sequence[str] | None = None,
+    token_counts: Sequence[int] | np.ndarray | None = None,
+    coverage: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Score `model` on labelled documents and write the report to `log_dir`.
+
+    Writes `evaluation_results.txt`, `metrics.json`, `class_metrics.png`, `confusion_matrix.png`, and with
+    `predictions_path` a CSV file: id, label, predicted, confidence, one probability a class. `ids`, `token_counts` and
+    `coverage` (of all documents, by their place in the data set) are the data set's own where it has them.
+
+    Returns: what metrics.json holds: `classification_metrics`, and `documents`, `windows`, `failed_windows`,
+    `window_failures`, `by_length`, `coverage`, `thresholds` where they are known.
+
+    Raises:
+        DataError: no documents, or none with a label.
+        ModelError: as many labels as the model has classes are needed.
+        TrainingError: a share of more than `max_window_failures` of the windows failed, or all those of a document.
+    """
+    own: Any = data_loader.dataset
+    ids = getattr(own, "ids", None) if ids is None else ids
+    token_counts = getattr(own, "token_counts", None) if token_counts is None else token_counts
+    coverage = own.coverage() if coverage is None and hasattr(own, "coverage") else coverage
+
+    prediction = predict(model, data_loader, device)
+    names = {i: str(i) if ids is None else ids[i] for i in prediction.index.tolist()}
+    labels = _checked_labels(prediction, names, label_names, max_window_failures)
+    scores = probabilities(prediction.logits, problem_type)
+    predicted = predicted_labels(scores, problem_type, thresholds)
+    metrics: dict[str, Any] = {"problem_type": problem_type, "documents": len(labels)}
+    metrics |= classification_metrics(labels, scores, label_names, problem_type, thresholds)
+    metrics |= {"windows": prediction.windows, "failed_windows": prediction.failed_windows}
+    metrics["window_failures"] = [{"document": names[i], "window": window} for i, window in prediction.failures]
+    if token_counts is not None:
+        metrics["by_length"] = metrics_by_length(labels, predicted, np.asarray(token_counts)[prediction.index])
+    if coverage is not None:
+        metrics["coverage"] = dict(coverage)
+    if thresholds is not None:
+        metrics["thresholds"] = list(thresholds)
+
+    folder = Path(log_dir)
+    if predictions_path is not None:
+        _save_predictions(predictions_path, list(names.values()), labels, predicted, scores, label_names)
+    _save_text(folder / "metrics.json", json.dumps(metrics, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
+    _save_text(folder / "evaluation_results.txt", format_report(metrics))
+    save_class_metrics(metrics["per_class"], folder / "class_metrics.png")
+    save_confusion_matrix(labels, predicted, folder / "confusion_matrix.png", label_names)
+    return metrics
+
+
+def _checked_labels(
+    prediction: Prediction, names: Mapping[int, str], label_names: Sequence[str], max_window_failures: float
+) -> np.ndarray:
+    """The labels as integers. Raises what `evaluate_model` raises; warns of the windows that failed, by name."""
+    if prediction.labels is None:
+        raise DataError("the documents have no labels to compare with; give a test set that has a label column")
+    classes = prediction.logits.shape[1]
+    if classes != len(label_names):
+        raise ModelError(f"the model has {classes} classes, but {len(label_names)} label names came with it")
+    failures = [f"{names[i]}, window {window}" for i, window in prediction.failures]
+    for failure in failures:
+        logger.warning("%s: its state is not finite", failure)
+    unreadable = prediction.index[~np.isfinite(prediction.logits).all(-1)].tolist()
+    if unreadable:
+        raise TrainingError(
+            f"logits that are not finite in {len(unreadable)} of {len(prediction.index)} documents: "
+            f"{', '.join(names[i] for i in unreadable[:MOST_NAMES])}; "
+            "try full precision or --mixed_precision_type bf16, and another checkpoint if that does not help"
+        )
+    if prediction.failed_windows > max_window_failures * prediction.windows:
+        raise TrainingError(
+            f"{prediction.failed_windows} of {prediction.windows} windows failed, a share over --max_window_failures "
+            f"{max_window_failures:g}: {'; '.join(failures)}"
+        )
+    return prediction.labels.astype(np.int64)
+
+
+def _save_text(path: Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _save_predictions(
+    path: str | Path,
+    ids: Sequence[str],
+    labels: np.ndarray,
+    predicted: np.ndarray,
+    scores: np.ndarray,
+    label_names: Sequence[str],
+) -> None:
+    """One row a document. Several labels are joined by "|".
+
+    `confidence` is the probability of what is predicted; for several labels that of the set, taken as independent.
+    """
+    multi = labels.ndim == 2
+    confidence = np.where(predicted, scores, 1 - scores).prod(-1) if multi else scores.max(-1)
+
+    def cell(said: np.ndarray) -> str:
+        return "|".join(label_names[int(i)] for i in (np.flatnonzero(said) if multi else [said]))
+
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "label", "predicted", "confidence", *(f"prob_{name}" for name in label_names)])
+        for name, truth, said, sure, row in zip(ids, labels, predicted, confidence, scores, strict=True):
+            writer.writerow([*map(_harmless, (name, cell(truth), cell(said))), float(sure), *row.tolist()])
+
+
+def _harmless(cell: str) -> str:
+    return f"'{cell}" if cell.startswith(FORMULA_STARTS) else cell
+
+
+def format_report(metrics: Mapping[str, Any]) -> str:
+    """evaluation_results.txt: what `evaluate_model` returns, for people."""
+    documents, windows = metrics["documents"], metrics["windows"]
+    correct = round(metrics["accuracy"] * documents)
+    facts = [
+        ("documents", f"{documents:,}"),
+        ("accuracy", f"{metrics['accuracy']:.4f} ({correct:,} of {documents:,} documents)"),
+        *((f"F1 {average}", f"{metrics[f'f1_{average}']:.4f}") for average in _averages(metrics)),
+        ("log loss", f"{metrics['log_loss']:.4f}"),
+        ("calibration error", f"{metrics['ece']:.4f} (by class {metrics['ece_classwise']:.4f})"),
+    ]
+    if coverage := metrics.get("coverage"):
+        read, total = coverage["tokens_read"], coverage["tokens_total"]
+        facts.append(("tokens read", f"{read:,} of {total:,} ({coverage['share']:.1%})"))
+        facts.append(("documents cut", f"{coverage['documents_truncated']:,}"))
+    facts.append(("windows failed", f"{metrics['failed_windows']:,} of {windows:,}"))
+    width = max(len(name) for name, _ in facts)
+    parts = ["\n".join(f"{name:<{width}}  {fact}" for name, fact in facts), _class_table(metrics)]
+    if by_length := metrics.get("by_length"):
+        rows = [(_range(row), f"{row['documents']:,}", *_numbers(row, ("accuracy", "f1_macro"))) for row in by_length]
+        parts.append(_table([("tokens", "documents", "accuracy", "F1 macro"), *rows]))
+    if failures := metrics["window_failures"]:
+        lines = [f"{failure['document']}, window {failure['window']}" for failure in failures]
+        parts.append("\n".join(["windows that failed", "-------------------", *lines]))
+    return "\n\n".join(parts) + "\n"
+
+
+def _averages(metrics: Mapping[str, Any]) -> list[str]:
+    return [average for average in ("macro", "weighted", "micro") if f"f1_{average}" in metrics]
+
+
+def _numbers(row: Mapping[str, float], keys: Sequence[str]) -> list[str]:
+    return [f"{row[key]:.4f}" for key in keys]
+
+
+def _class_table(metrics: Mapping[str, Any]) -> str:
+    rows: list[Sequence[str]] = [("class", "precision", "recall", "F1", "documents")]
+    for row in metrics["per_class"]:
+        rows.append((shorten(" ".join(row["label"].split()), 60), *_numbers(row, MEASURES), f"{row['support']:,}"))
+    for average in _averages(metrics):
+        keys = [f"{measure}_{average}" for measure in MEASURES]
+        rows.append((f"({average} average)", *_numbers(metrics, keys), f"{metrics['documents']:,}"))
+    return _table(rows)
+
+
+def _range(row: Mapping[str, Any]) -> str:
+    return f"{row['from']:,} and more" if row["to"] is None else f"{row['from']:,} to {row['to'] - 1:,}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned by what is seen, the first to the left; a rule below the first row."""
+    widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *others in rows:
+        cells = [first + " " * (widths[0] - display_width(first))]
+        cells += [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join(cells))
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

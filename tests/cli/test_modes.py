@@ -1,0 +1,110 @@
+"""Each mode and each script through the real command line: exit code, exact files, figures that agree."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+
+REPORT = {
+    *("evaluation_results.txt", "metrics.json", "class_metrics.png", "confusion_matrix.png", "evaluation.log"),
+}
+MODEL = {
+    *("config.json", "model.safetensors", "model.pt", "settings.json", "tokenizer.json", "tokenizer_config.json"),
+    *("reberta.py", "encoder.py", "aggregation.py", "pipeline.py"),
+}
+RUN = {"settings.json", "environment.json", "train.log", "metrics.jsonl", "learning_curves.png"}
+
+
+def names(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def accuracies(report) -> list[float]:
+    """From the three places that tell it."""
+    from_json = json.loads((report / "metrics.json").read_text())["accuracy"]
+    text = (report / "evaluation_results.txt").read_text()
+    [told] = re.findall(r"^accuracy\D*([\d.]+)", text, re.IGNORECASE | re.MULTILINE)
+    with (report / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [from_json, float(told), sum(row["label"] == row["predicted"] for row in rows) / len(rows)]
+
+
+def test_train_and_evaluate(project, trained):
+    run = project / "logs" / "first"
+    assert names(trained) == MODEL
+    assert names(run) == RUN | {"checkpoint-3", "checkpoint-6", "evaluation"}
+    assert names(run / "evaluation") == REPORT | {"predictions.csv"}
+    from_json, from_text, recomputed = accuracies(run / "evaluation")
+    assert from_json == recomputed
+    assert abs(from_text - recomputed) < 5.1e-5
+    with (run / "evaluation" / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["id"] for row in rows] == [f"validation-{number}" for number in range(13)]
+    assert list(rows[0]) == ["id", "label", "predicted", "confidence", "prob_early", "prob_late"]
+    metrics = json.loads((run / "evaluation" / "metrics.json").read_text())
+    assert 0 < metrics["coverage"]["tokens_read"] <= metrics["coverage"]["tokens_total"]
+
+
+def test_evaluate_the_file_and_the_folder(project, trained, command):
+    first = project / "logs" / "first" / "evaluation"
+    for form, folder in ((trained / "model.pt", "by_file"), (trained, "by_folder")):
+        paths = f"--model_path {form} --test_path data/validation --output_dir {folder}"
+        done = command(project, f"--mode evaluate {paths} --device cpu")
+        assert done.returncode == 0, done.stderr
+        assert names(project / folder) == REPORT
+        assert "Traceback" not in done.stderr
+        for name in ("accuracy", "f1_macro", "log_loss"):
+            ours = json.loads((project / folder / "metrics.json").read_text())[name]
+            assert abs(ours - json.loads((first / "metrics.json").read_text())[name]) < 1e-6
+
+
+def test_evaluate_script(project, trained, command):
+    flags = "--save_predictions --mixed_precision --device cpu"
+    paths = f"--model_path {trained}/model.pt --test_path data/validation"
+    done = command(project, f"{paths} {flags}", script="evaluate.py")
+    assert done.returncode == 0, done.stderr
+    [folder] = (project / "logs").glob("evaluate-*")
+    assert names(folder) == REPORT | {"predictions.csv"}
+
+
+def test_train_by_epochs(project, command):
+    done = command(project, "--config tiny.yaml --mode train --epochs 1 --output_dir logs/epochs")
+    assert done.returncode == 0, done.stderr
+    assert names(project / "logs" / "epochs") == RUN | {"checkpoint-3"}
+    assert names(project / "models" / "saved" / "epochs") == MODEL
+
+
+def test_train_steps(project, command):
+    budget = "--mode train_steps --total_steps 4 --eval_every 2"
+    done = command(project, f"--config tiny.yaml {budget} --output_dir logs/steps")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (project / "logs" / "steps" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "eval_accuracy" in row] == [2, 4]
+
+
+def test_run_epoch_script(project, command):
+    done = command(project, "--config tiny.yaml --sample_data 8", script="run_epoch.py")
+    assert done.returncode == 0, done.stderr
+    [folder] = (project / "logs").glob("reberta-*")
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1]
+
+
+def test_analyze(project, command):
+    done = command(project, "--config tiny.yaml --mode analyze --output_dir analysis")
+    assert done.returncode == 0, done.stderr
+    assert names(project / "analysis") == {"analysis.json", "analysis.txt", "token_lengths.png", "analysis.log"}
+    report = json.loads((project / "analysis" / "analysis.json").read_text())
+    assert {name: split["documents"] for name, split in report["splits"].items()} == {
+        "train": 24,
+        "validation": 10,
+        "test": 13,
+    }
+
+
+def test_help(project, command):
+    done = command(project, "--help")
+    assert done.returncode == 0
+    assert "--window_size" in done.stdout
+    assert "Exit codes" in done.stdout

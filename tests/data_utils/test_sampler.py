@@ -1,0 +1,188 @@
+"""Every document once an epoch; the order follows from (seed, epoch); groups do not depend on the split."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader, Dataset
+
+from data_utils.dataset import LongTextBatchSampler
+from utils import ConfigError
+
+
+def counts_of(documents, seed=0):
+    """Log-normal window counts, as real corpora have them."""
+    draw = np.random.default_rng(seed)
+    return np.clip(np.ceil(np.exp(draw.normal(2, 0.8, documents))), 1, 64).astype(np.int64)
+
+
+def batches_of(counts, batch_size, epoch=0, **options):
+    sampler = LongTextBatchSampler(counts, batch_size, **options)
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def replicas_of(counts, batch_size, replicas, **options):
+    return [batches_of(counts, batch_size, num_replicas=replicas, rank=rank, **options) for rank in range(replicas)]
+
+
+def flat(lists):
+    return list(itertools.chain.from_iterable(lists))
+
+
+def updates(batches, size):
+    return [sorted(flat(batches[start : start + size])) for start in range(0, len(batches), size)]
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("cap", [None, 20])
+@pytest.mark.parametrize("documents", [1, 7, 64, 1003])
+def test_every_document_once_an_epoch(documents, cap, shuffle):
+    sampler = LongTextBatchSampler(counts_of(documents), 4, max_windows_per_batch=cap, shuffle=shuffle)
+    lengths = set()
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert sorted(flat(batches)) == list(range(documents))
+        assert len(batches) == len(sampler)
+        assert max(map(len, batches)) <= 4
+        lengths.add(len(sampler))
+    assert len(lengths) == 1
+
+
+def test_the_order_follows_from_seed_and_epoch():
+    counts = counts_of(500)
+    assert batches_of(counts, 4, epoch=3) == batches_of(counts, 4, epoch=3)
+    assert batches_of(counts, 4, epoch=3) != batches_of(counts, 4, epoch=4)
+    assert batches_of(counts, 4, epoch=3) != batches_of(counts, 4, epoch=3, seed=1)
+    sampler = LongTextBatchSampler(counts, 4)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    sampler.set_epoch(0)
+    assert list(sampler) == first != second
+
+
+def test_groups_are_made_anew_each_epoch():
+    counts = counts_of(200)
+    groups = [{frozenset(batch) for batch in batches_of(counts, 8, epoch=epoch)} for epoch in range(2)]
+    assert len(groups[0] & groups[1]) <= 2
+
+
+@pytest.mark.parametrize("documents", [5, 64, 1003])
+def test_micro_batches_do_not_change_the_groups(documents):
+    counts = counts_of(documents)
+    whole = updates(batches_of(counts, 8), 1)
+    assert updates(batches_of(counts, 2, accumulation=4), 4) == whole
+    assert updates(batches_of(counts, 4, accumulation=2), 2) == whole
+    assert len(whole[-1]) == documents % 8 or documents % 8 == 0
+
+
+@pytest.mark.parametrize("documents", [3, 5, 26, 64, 99, 1003])
+@pytest.mark.parametrize(("replicas", "batch_size", "accumulation"), [(2, 4, 1), (2, 2, 2), (3, 1, 2), (3, 2, 2)])
+def test_replicas_share_each_group(documents, replicas, batch_size, accumulation):
+    counts = counts_of(documents)
+    shares = replicas_of(counts, batch_size, replicas, accumulation=accumulation)
+    assert sorted(flat(flat(shares))) == list(range(documents))
+    assert len({len(share) for share in shares}) == 1
+    sizes = [sum(map(len, share)) for share in shares]
+    assert max(sizes) - min(sizes) <= 1
+    assert all(batch for share in shares for batch in share)
+    full = documents // (batch_size * accumulation * replicas) * accumulation
+    batch_sizes = [len(batch) for share in shares for batch in share[: full - accumulation]]
+    assert set(batch_sizes) <= {batch_size}
+    assert max(len(batch) for share in shares for batch in share) <= batch_size + 1
+
+
+def test_replicas_see_the_documents_of_one_process():
+    counts = counts_of(160)
+    whole = updates(batches_of(counts, 8), 1)
+    shares = replicas_of(counts, 2, 2, accumulation=2)
+    halves = [updates(share, 2) for share in shares]
+    assert [sorted(one + other) for one, other in zip(*halves, strict=True)] == whole
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("documents", [3, 50, 301])
+@pytest.mark.parametrize("cap", [1, 12, 40, 200])
+def test_a_cap_on_windows(documents, accumulation, replicas, cap):
+    counts = counts_of(documents)
+    shares = replicas_of(counts, 8, replicas, accumulation=accumulation, max_windows_per_batch=cap)
+    assert sorted(flat(flat(shares))) == list(range(documents))
+    assert len({len(share) for share in shares}) == 1
+    batches = [batch for share in shares for batch in share]
+    over = [batch for batch in batches if len(batch) > 1 and len(batch) * counts[batch].max() > cap]
+    assert len(over) < replicas
+    assert not over or len(batches) + len(over) == documents
+
+
+def test_a_document_above_the_cap_makes_a_batch_of_its_own():
+    batches = batches_of(np.array([1, 30, 1, 2]), 4, max_windows_per_batch=8, shuffle=False)
+    assert batches == [[1], [3, 0, 2]]
+
+
+def test_documents_that_cannot_be_split_evenly_are_joined():
+    shares = replicas_of(np.array([5, 5, 5, 4, 3]), 8, 2, max_windows_per_batch=5, shuffle=False)
+    assert sorted(sorted(batch) for batch in flat(shares)) == [[0], [1], [2], [3, 4]]
+
+
+def test_a_batch_holds_documents_of_like_length():
+    counts = counts_of(2000)
+    sampler = LongTextBatchSampler(counts, 8)
+    waste = sampler.padding_waste()
+    computed = sum(len(batch) * counts[batch].max() for batch in sampler)
+    assert waste == pytest.approx(1 - counts.sum() / computed)
+    assert waste < 0.07
+    drawn = np.random.default_rng(0).permutation(2000).reshape(-1, 8)
+    assert 1 - counts.sum() / (counts[drawn].max(1).sum() * 8) > 0.3
+
+
+def test_waste_is_that_of_all_processes():
+    counts = np.array([1, 3, 2, 2])
+    assert LongTextBatchSampler(counts, 2, shuffle=False).padding_waste() == pytest.approx(1 - 8 / 10)
+    samplers = [LongTextBatchSampler(counts, 1, num_replicas=2, rank=rank) for rank in range(2)]
+    assert [sampler.padding_waste() for sampler in samplers] == [0, 0]
+
+
+def test_without_shuffling_the_longest_come_first():
+    counts = np.array([1, 4, 2, 4, 3])
+    assert batches_of(counts, 2, shuffle=False) == [[1, 3], [4, 2], [0]]
+
+
+def test_a_restart_skips_what_was_done():
+    class Numbers(Dataset):
+        def __getitem__(self, index):
+            return index
+
+    counts = counts_of(300)
+    sampler = LongTextBatchSampler(counts, 4, accumulation=2)
+    sampler.set_epoch(5)
+    uninterrupted = [batch.tolist() for batch in DataLoader(Numbers(), batch_sampler=sampler)]
+    again = LongTextBatchSampler(counts, 4, accumulation=2)
+    again.set_epoch(5)
+    resumed = iter(again)
+    for _ in range(31):
+        next(resumed)
+    assert list(resumed) == uninterrupted[31:]
+
+
+def test_ties_are_drawn():
+    first = Counter(batch[0] for epoch in range(30) for batch in batches_of(np.ones(40, dtype=int), 4, epoch=epoch))
+    assert len(first) == 40
+
+
+def test_all_faults_are_named_at_once():
+    with pytest.raises(ConfigError) as error:
+        LongTextBatchSampler(np.ones(2), 0, accumulation=0, num_replicas=3, rank=3, max_windows_per_batch=0)
+    for fault in (
+        "batch_size 0",
+        "accumulation 0",
+        "max_windows_per_batch 0",
+        "rank 3",
+        "2 documents cannot be shared",
+    ):
+        assert fault in str(error.value)
