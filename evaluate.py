@@ -48,7 +48,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         name: getattr(settings, name) if name in settings.model_fields_set else checkpoint.settings[name]
         for name in READING
     }
-    checkpoint.model.config.update({name: reading[name] for name in READING[:3]})
+    checkpoint.model.config.update({name: reading[name] for name in READING[:4]})
     checkpoint.model.config.check(checkpoint.model.encoder)
     dataset = load_test_set(settings, checkpoint, tokenizer, reading, folder)
     sampler = LongTextBatchSampler(

@@ -16,6 +16,7 @@ import math
 import sys
 from collections.abc import Sequence
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,7 +45,17 @@ from evaluation_utils import classification_metrics, predict, probabilities, tun
 from models.checkpoint import is_checkpoint, load_checkpoint_tokenizer, save_checkpoint
 from models.registry import build_model
 from run_folder import RunFolder, open_run_folder
-from utils import ConfigError, DataError, TrainingError, error_handler, get_device, logger, mixed_precision_type
+from utils import (
+    ConfigError,
+    DataError,
+    StoppedError,
+    StopSignals,
+    TrainingError,
+    error_handler,
+    get_device,
+    logger,
+    mixed_precision_type,
+)
 from visualization_utils import save_run_curves
 
 EMA_FILE = "ema.safetensors"
@@ -142,6 +153,7 @@ class ReBertaTrainer(Trainer):
     def __init__(self, settings: Settings, data: Data, run: RunFolder, objective: Objective, **options: Any) -> None:
         self.settings, self.data, self.run, self.objective = settings, data, run, objective
         self.ema: AveragedModel | None = None
+        self.signals = StopSignals()
         self.watch = Watch(data.train.ids, settings.max_window_failures * float(data.train.window_counts.sum()))
         super().__init__(
             train_dataset=data.train,
@@ -163,6 +175,28 @@ class ReBertaTrainer(Trainer):
     @property
     def evaluated_model(self) -> nn.Module:
         return self.ema.module if self.ema is not None else self.model
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Four groups: with or without weight decay, and the encoder's or fresh parameters."""
+        model = model or self.model
+        decayed = set(self.get_decay_parameter_names(model))
+        optimizer, options = self.optimizer_cls_and_kwargs
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault((name.startswith("encoder."), name in decayed), []).append(parameter)
+        self.optimizer: Any = optimizer(
+            [
+                {
+                    "params": parameters,
+                    "lr": options["lr"] * (1.0 if pretrained else self.settings.fresh_lr_factor),
+                    "weight_decay": self.settings.weight_decay if decays else 0.0,
+                }
+                for (pretrained, decays), parameters in groups.items()
+            ],
+            **options,
+        )
+        return self.optimizer
 
     def get_train_dataloader(self) -> DataLoader:
         loader = self.accelerator.prepare(
@@ -241,7 +275,7 @@ class ReBertaTrainer(Trainer):
 
 
 class EngineCallback(TrainerCallback):
-    """What a step needs around it: epoch, watch, moving average."""
+    """What a step needs around it: epoch, watch, moving average, signals."""
 
     def __init__(self, trainer: ReBertaTrainer, resume_from: str | None) -> None:
         self.trainer, self.resume_from = trainer, resume_from
@@ -266,6 +300,12 @@ class EngineCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.ema is not None:
             self.trainer.ema.update_parameters(self.trainer.model)
+        if self.trainer.signals.received:
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.signals.received:  # it is saved, and an evaluation here is none that the whole run would have
+            control.should_save = control.should_evaluate = False
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.ema is not None and args.should_save:
@@ -375,6 +415,8 @@ def build_trainer(
     steps: int | None,
 ) -> ReBertaTrainer:
     """The engine, ready to train."""
+    if settings.report_to != "none" and find_spec(settings.report_to) is None:
+        raise ConfigError(f"--report_to {settings.report_to}: is not installed; pip install {settings.report_to}")
     optimizer, optimizer_options = OPTIMIZERS[settings.optimizer_type]
     trainer = ReBertaTrainer(
         settings,
@@ -463,5 +505,16 @@ def class_weights(settings: Settings, dataset: LongTextDataset) -> Tensor | None
 
 @error_handler(error_type=TrainingError)
 def run_training(trainer: ReBertaTrainer, resume_from: str | None) -> None:
-    """Train, from a checkpoint where one is given."""
-    trainer.train(resume_from_checkpoint=resume_from)
+    """Train, from a checkpoint where one is given.
+
+    Raises:
+        StoppedError: after SIGTERM or Ctrl-C, once the step that was at work is saved.
+    """
+    with trainer.signals:
+        trainer.train(resume_from_checkpoint=resume_from)
+    if trainer.signals.received and trainer.state.global_step < trainer.state.max_steps:
+        raise StoppedError(
+            f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved; "
+            f"the same command with --output_dir {trainer.run.folder} goes on from there",
+            trainer.signals.received,
+        )

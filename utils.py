@@ -2,6 +2,7 @@
 
 - errors: `ReBertaError` and its family; each class carries the exit code that `main` returns
 - `error_handler`, `validate_params`: decorators for stages (load data, build model, fit, evaluate, save)
+- `StopSignals`: SIGTERM and Ctrl-C, noted so that a run can save
 - `setup_logging`: one format, to the console and, where asked, to a file
 - `atomic_path`: a file is written under a temporary name and moved into place
 - `made_up_folder`, `find_encoder`: where reports go and encoders lie
@@ -16,6 +17,7 @@ import functools
 import inspect
 import logging
 import os
+import signal
 import sys
 import tempfile
 import warnings
@@ -79,6 +81,14 @@ class ResourceError(ReBertaError):
     exit_code = 6
 
 
+class StoppedError(ReBertaError):
+    """A signal asked the run to stop; what it did is saved. Exit code 128 + the signal's number."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
 @overload
 def error_handler(
     error_type: type[ReBertaError] = ..., reraise: Literal[True] = ...
@@ -125,6 +135,26 @@ def _classify(error: Exception, error_type: type[ReBertaError]) -> tuple[type[Re
     if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
         return ResourceError, f"the disk is full ({error}); free some space, what was saved before is intact"
     return error_type, f"{type(error).__name__}: {error}"
+
+
+class StopSignals:
+    """While open, the first SIGTERM or Ctrl-C is only noted, in `received`; the second one acts at once."""
+
+    received: int | None = None
+
+    def __enter__(self) -> StopSignals:
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        logger.warning("%s: stopping after this step, to save it", signal.Signals(number).name)
+        self.received = number
+        for noted, handler in self._before.items():
+            signal.signal(noted, handler)
 
 
 def validate_params(**types: type | tuple[type, ...]) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -21,6 +21,10 @@ class ReBertaPipeline(TextClassificationPipeline):
 
     def preprocess(self, inputs: str, **tokenizer_kwargs: Any) -> dict[str, Tensor]:
         config = self.model.config
+        if config.max_len is not None:
+            plain = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
+            offsets = self.tokenizer(inputs, **plain)["offset_mapping"]
+            inputs = inputs[: offsets[: config.max_len][-1][1]]
         windows = self.tokenizer(
             inputs,
             max_length=config.window_size,

@@ -53,6 +53,7 @@ class ReBertaConfig(PreTrainedConfig):
     window_size: int = 256
     window_overlap: int = 0
     max_windows: int = 16
+    max_len: int | None = None
     num_repeats: int = 1
     carry: str = "gated"
     alpha: float = 0.8

@@ -13,7 +13,7 @@ from models.reberta import RecurrentRoBERTa
 from utils import ConfigError, ModelError, error_handler, find_encoder, logger
 
 ARCHITECTURE = ("num_repeats", "carry", "aggregation", "position_encoding")
-READING = ("window_size", "window_overlap", "max_windows")
+READING = ("window_size", "window_overlap", "max_windows", "max_len")
 BEHAVIOUR = ("dropout", "alpha", "global_alpha", "gate_bias", "memory_level")
 
 

@@ -25,6 +25,7 @@ from utils import ConfigError, TrainingError
 
 TRAINING = 22  # not a multiple of any batch size here
 FLAGS = "--window_size 12 --max_windows 6 --batch_size 4 --epochs 2 --learning_rate 1e-3 --dropout 0 --log_steps 1"
+PLAIN_SGD = "--optimizer_type sgd --fresh_lr_factor 1 --scheduler_type constant --gradient_clip_val 0 --weight_decay 0"
 
 
 @pytest.fixture
@@ -104,8 +105,7 @@ def test_epochs_and_steps_differ_only_in_the_budget(run):
 
 def test_equals_a_plain_training_loop(run, encoder_folder, tmp_path):
     """The slow twin: the mean loss of each group's documents, one document at a time, and plain SGD."""
-    flags = "--optimizer_type sgd --learning_rate 0.1 --scheduler_type constant --gradient_clip_val 0 --weight_decay 0"
-    trained = run(f"{flags} --gradient_accumulation_steps 2")
+    trained = run(f"{PLAIN_SGD} --learning_rate 0.1 --gradient_accumulation_steps 2")
     argv = f"{FLAGS} --model_path {encoder_folder}".split()
     data = LongTextDataset(
         "train.jsonl", tokenizer=load_tokenizer(encoder_folder), window_size=12, max_windows=6, cache_dir=tmp_path / "c"
@@ -279,15 +279,16 @@ def test_optimizers(run, optimizer):
     state = torch.load(last_checkpoint(trained) / "optimizer.pt", weights_only=True)
     keys = {"sgd": {"momentum_buffer"}}.get(optimizer, {"step", "exp_avg", "exp_avg_sq"})
     assert set(state["state"][0]) == keys
-    assert [group["weight_decay"] for group in state["param_groups"]] == [0.01, 0.0]
+    groups = sorted((group["initial_lr"], group["weight_decay"]) for group in state["param_groups"])
+    assert groups == [(1e-3, 0.0), (1e-3, 0.01), (1e-2, 0.0), (1e-2, 0.01)]
 
 
 def test_clipping_bounds_the_update(run):
     """Plain SGD moves by at most rate x norm; the row shows the norm before clipping."""
-    flags = "--optimizer_type sgd --scheduler_type constant --learning_rate 1 --weight_decay 0 --total_steps 1"
-    trained = run(f"{flags} --gradient_clip_val 0.01")
+    flags = f"{PLAIN_SGD.replace('--gradient_clip_val 0', '--gradient_clip_val 0.01')} --total_steps 1"
+    trained = run(f"{flags} --learning_rate 1")
     assert next(row["grad_norm"] for row in rows(trained) if "grad_norm" in row) > 0.01
-    unmoved = run(f"{flags} --gradient_clip_val 0.01 --learning_rate 1e-12", "unmoved")
+    unmoved = run(f"{flags} --learning_rate 1e-12", "unmoved")
     before, after = (weights(last_checkpoint(t)) for t in (unmoved, trained))
     moved = math.sqrt(sum(float((after[n] - before[n]).square().sum()) for n in before))
     assert moved == pytest.approx(0.01, rel=1e-2)
@@ -390,3 +391,10 @@ def test_balanced_class_weights():
     torch.testing.assert_close(class_weights(settings, Imbalanced(single)), torch.tensor([17 / 22, 17 / 12]))
     torch.testing.assert_close(class_weights(settings, Imbalanced(np.eye(2)[single])), torch.tensor([6 / 11, 11 / 6]))
     assert class_weights(parse_settings([]), Imbalanced(single)) is None
+
+
+def test_tensorboard_and_what_is_not_installed(run):
+    trained = run("--epochs 1 --report_to tensorboard")
+    assert len(list(trained.run_folder.rglob("events.out.tfevents.*"))) == 1
+    with pytest.raises(ConfigError, match="pip install wandb"):
+        run("--epochs 1 --report_to wandb", "wandb")

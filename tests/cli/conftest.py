@@ -15,19 +15,31 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="session")
-def command():
-    """Run a script of the project in a folder, as a user does."""
+def start():
+    """Start a script of the project in a folder, as a user does."""
 
-    def run(folder: Path, arguments: str, script: str = "main.py") -> subprocess.CompletedProcess:
+    def start(folder: Path, arguments: str, script: str = "main.py") -> subprocess.Popen:
         quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(folder / "xdg")}
-        return subprocess.run(
+        return subprocess.Popen(
             [sys.executable, ROOT / script, *arguments.split()],
             cwd=folder,
             env={**os.environ, **quiet},
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            timeout=300,
         )
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def command(start):
+    """The same, and wait for its end."""
+
+    def run(folder: Path, arguments: str, script: str = "main.py") -> subprocess.CompletedProcess:
+        process = start(folder, arguments, script)
+        stdout, stderr = process.communicate(timeout=300)
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
     return run
 

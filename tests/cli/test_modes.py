@@ -5,6 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import re
+import signal
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
 
 REPORT = {
     *("evaluation_results.txt", "metrics.json", "class_metrics.png", "confusion_matrix.png", "evaluation.log"),
@@ -108,3 +114,27 @@ def test_help(project, command):
     assert done.returncode == 0
     assert "--window_size" in done.stdout
     assert "Exit codes" in done.stdout
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(project, command, start):
+    """Stopped by SIGTERM, then by Ctrl-C, then run to its end: the weights of a run that nothing stopped."""
+    flags = "--config tiny.yaml --mode train --epochs 15 --dropout 0.1 --ema_decay 0.9 --output_dir logs"
+    metrics = project / "logs" / "stopped" / "metrics.jsonl"
+    for number, code, after in ((signal.SIGTERM, 143, 5), (signal.SIGINT, 130, 25)):
+        process = start(project, f"{flags}/stopped")
+        deadline = time.monotonic() + 120
+        while not (metrics.is_file() and metrics.read_text().count("\n") > after) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, console = process.communicate(timeout=120)
+        assert process.returncode == code, console
+        assert "which is saved; the same command" in console
+        assert "Traceback" not in console
+    for name in ("stopped", "whole"):
+        done = command(project, f"{flags}/{name}")
+        assert done.returncode == 0, done.stderr
+    assert (project / "logs" / "stopped" / "train.log").read_text().count("going on from") == 2
+    ends = [project / "logs" / name / "checkpoint-45" / "ema.safetensors" for name in ("stopped", "whole")]
+    stopped, whole = map(load_file, ends)
+    assert len(whole) > 40
+    assert all(torch.equal(stopped[name], whole[name]) for name in whole)
