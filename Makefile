@@ -5,7 +5,7 @@ PYTHON3 ?= python3
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-BENCHMARKS ?= speed memory data
+BENCHMARKS ?= speed
 
 .DEFAULT_GOAL := help
 .PHONY: help venv train test lint bench clean
@@ -35,7 +35,7 @@ lint: venv  ## ruff (lint and format) and mypy
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
-bench: venv  ## the benchmarks; choose with BENCHMARKS="speed memory"
+bench: venv  ## the benchmarks; choose with BENCHMARKS="speed"
 	$(foreach name,$(BENCHMARKS),$(PYTHON) -m benchmarks.$(name) &&) true
 
 clean:  ## remove .venv and caches; logs and models stay

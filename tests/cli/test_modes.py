@@ -8,7 +8,6 @@ import re
 import signal
 import time
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
