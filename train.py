@@ -51,10 +51,13 @@ from utils import (
     StoppedError,
     StopSignals,
     TrainingError,
+    clean_gpu_memory,
     error_handler,
     get_device,
+    log_gpu_usage,
     logger,
     mixed_precision_type,
+    validate_params,
 )
 from visualization_utils import save_run_curves
 
@@ -403,6 +406,7 @@ def masking(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Masking |
     )
 
 
+@validate_params(epochs=(int, type(None)), steps=(int, type(None)))
 def build_trainer(
     settings: Settings,
     data: Data,
@@ -512,6 +516,8 @@ def run_training(trainer: ReBertaTrainer, resume_from: str | None) -> None:
     """
     with trainer.signals:
         trainer.train(resume_from_checkpoint=resume_from)
+    log_gpu_usage()
+    clean_gpu_memory()
     if trainer.signals.received and trainer.state.global_step < trainer.state.max_steps:
         raise StoppedError(
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved; "

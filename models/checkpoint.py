@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from models.reberta import ReBertaConfig, RecurrentRoBERTa
-from utils import ConfigError, ModelError
+from utils import ConfigError, ModelError, error_handler, validate_params
 
 FORMAT = 1
 MODEL_FILE = "model.pt"
@@ -48,6 +48,8 @@ def is_checkpoint(path: str | Path) -> bool:
     return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "reberta"
 
 
+@error_handler(error_type=ModelError)
+@validate_params(settings=dict, folder=(str, Path))
 def save_checkpoint(
     model: RecurrentRoBERTa, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any], folder: str | Path
 ) -> Path:

@@ -36,9 +36,9 @@ from .encoder import cls_output, load_encoder, max_window_size, use_rotary_posit
 from .pipeline import CUSTOM_PIPELINES
 
 try:  # absent where transformers runs a copy of this file that it found beside saved weights
-    from utils import ConfigError
+    from utils import ConfigError, find_encoder
 except ImportError:
-    ConfigError = ValueError  # type: ignore[misc, assignment]
+    ConfigError, find_encoder = ValueError, str  # type: ignore[misc, assignment]
 
 INITIALIZER_RANGE = 0.02
 KEEP_BIAS = 2.2  # sigmoid(2.2) = 0.9: what a fresh gated memory keeps at each window
@@ -144,7 +144,8 @@ class RecurrentRoBERTa(PreTrainedModel):
     Args:
         config: as saved by `save_pretrained`; the encoder then has random weights until a state is loaded.
         num_classes: classes to tell apart, with one of the following in place of `config`.
-        encoder: a name or folder (with its pretrained weights) or a transformers config object (random weights).
+        encoder: a folder or name (with its pretrained weights; a name is looked for below models/pretrained, then on
+            the hub) or a transformers config object (random weights).
         options: fields of `ReBertaConfig`.
 
     Raises:
@@ -169,10 +170,10 @@ class RecurrentRoBERTa(PreTrainedModel):
         if config is None:
             if num_classes is not None:
                 options["num_labels"] = num_classes
-            if not isinstance(encoder, PreTrainedConfig) and "cls_token_id" not in options:
-                options["cls_token_id"] = AutoTokenizer.from_pretrained(encoder).cls_token_id
+            source = encoder if isinstance(encoder, PreTrainedConfig) else find_encoder(encoder)
+            if not isinstance(source, PreTrainedConfig) and "cls_token_id" not in options:
+                options["cls_token_id"] = AutoTokenizer.from_pretrained(source).cls_token_id
             config = ReBertaConfig(**options)
-            source = encoder
         else:
             source = config.encoder_config
         window_encoder = load_encoder(source, config.dropout, config.attention_dropout, pretrained)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from config import DEFAULT_ENCODER, Settings
 from models.checkpoint import is_checkpoint, load_model_and_config
 from models.reberta import RecurrentRoBERTa
-from utils import ConfigError, ModelError, error_handler, find_encoder, logger
+from utils import ConfigError, ModelError, error_handler, logger
 
 ARCHITECTURE = ("num_repeats", "carry", "aggregation", "position_encoding")
 READING = ("window_size", "window_overlap", "max_windows", "max_len")
@@ -34,7 +34,7 @@ def build_reberta(settings: Settings, label_names: list[str], tokenizer: PreTrai
     options = {**reberta_options(settings), **labels, "cls_token_id": tokenizer.cls_token_id}
     source = settings.model_path or DEFAULT_ENCODER
     if not is_checkpoint(source):
-        return RecurrentRoBERTa(encoder=find_encoder(source), **options)
+        return RecurrentRoBERTa(encoder=source, **options)
     saved = load_model_and_config(source).model
     changed = [name for name in ARCHITECTURE if name in settings.model_fields_set and _differs(saved, settings, name)]
     if changed:

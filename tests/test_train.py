@@ -398,3 +398,40 @@ def test_tensorboard_and_what_is_not_installed(run):
     assert len(list(trained.run_folder.rglob("events.out.tfevents.*"))) == 1
     with pytest.raises(ConfigError, match="pip install wandb"):
         run("--epochs 1 --report_to wandb", "wandb")
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--num_repeats 2", {"num_repeats": 2}),
+        ("--carry residual --alpha 0.6 --gate_bias -2", {"carry": "residual", "alpha": 0.6, "gate_bias": -2.0}),
+        ("--aggregation attention", {"aggregation": "attention"}),
+        ("--global_alpha 0.5", {"global_alpha": 0.5}),
+        ("--position_encoding rope", {"position_encoding": "rope"}),
+        ("--memory_level 1", {"memory_level": 1}),
+        ("--gradient_checkpointing", {"memory_level": 2}),
+        ("--window_overlap 3 --max_len 25", {"window_overlap": 3, "max_len": 25}),
+    ],
+)
+def test_model_options_reach_the_model_and_are_saved(run, flags, expected):
+    model = load_model_and_config(run(f"--epochs 1 {flags}").best_model).model
+    assert {name: getattr(model.config, name) for name in expected} == expected
+    assert model.config.dropout == 0
+
+
+def test_data_options(run, caplog):
+    lines = [json.loads(line) for line in Path("train.jsonl").read_text().splitlines()]
+    rows_of_csv = ["name,body,era", *(f"{line['id']},{line['text']},{line['label']}" for line in lines)]
+    Path("other.csv").write_text("\n".join(rows_of_csv) + "\n")
+    lines = [json.loads(line) for line in Path("val.jsonl").read_text().splitlines()]
+    renamed = [json.dumps({"body": line["text"], "era": line["label"]}) for line in lines]
+    Path("other.jsonl").write_text("\n".join(renamed) + "\n")
+    trained = run(
+        "--train_path other.csv --val_path other.jsonl --text_column body --label_column era --sample_data 8 "
+        "--max_len 15 --max_windows_per_batch 4 --epochs 1"
+    )
+    log = (trained.run_folder / "train.log").read_text()
+    assert "other.csv: 8 documents, 16 windows" in log or "other.csv: 8 documents, 15 windows" in log
+    assert "other.jsonl: 8 documents" in log
+    steps = [row["step"] for row in rows(trained) if "loss" in row]
+    assert steps == [1, 2, 3, 4]

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModel, DistilBertConfig
 
+import utils
 from models.reberta import HiddenStates, RecurrentRoBERTa
-from tests.conftest import CLS, VOCABULARY, WIDTH, tiny_encoder
+from tests.conftest import CLS, VOCABULARY, WIDTH, tiny_encoder, word_tokenizer
 from tests.models.conftest import build, documents
 from tests.models.twin import twin_logits
 from utils import ConfigError
@@ -289,3 +290,22 @@ def test_a_document_without_windows_is_refused(encoder_config):
     mask[1] = 0
     with pytest.raises(ValueError, match="no window"):
         build(encoder_config)(input_ids=input_ids, attention_mask=mask)
+
+
+def test_a_pretrained_encoder_by_name_keeps_its_weights(tmp_path, monkeypatch):
+    """`roberta-base` below models/pretrained, in the real one's format, and the constructor of the Readme."""
+    config = tiny_encoder("roberta")
+    config.max_position_embeddings = 514
+    original = AutoModel.from_config(config, add_pooling_layer=True)
+    original.save_pretrained(tmp_path / "roberta-base")
+    word_tokenizer().save_pretrained(tmp_path / "roberta-base")
+    monkeypatch.setattr(utils, "PRETRAINED", tmp_path)
+    model = RecurrentRoBERTa(num_classes=10, window_size=512, max_windows=50, num_repeats=2)
+    expected = {name: value for name, value in original.state_dict().items() if not name.startswith("pooler.")}
+    assert model.encoder.state_dict().keys() == expected.keys()
+    assert all(torch.equal(model.encoder.state_dict()[name], value) for name, value in expected.items())
+    scale = original.embeddings.word_embeddings.weight[CLS].std()
+    torch.testing.assert_close(model.window_norm.weight, scale.expand(WIDTH))
+    assert model.config.cls_token_id == CLS
+    with pytest.raises(OSError, match="no-such-encoder"):
+        RecurrentRoBERTa(num_classes=2, encoder="/no-such-encoder")
