@@ -7,16 +7,14 @@ The report folder holds `evaluation_results.txt`, `metrics.json`, `class_metrics
 from __future__ import annotations
 
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
 from config import Settings
-from data_utils.dataset import LongTextBatchSampler, LongTextDataset, collate
+from data_utils.dataset import LongTextDataset, evaluation_loader
 from evaluation_utils import evaluate_model
 from models.checkpoint import Checkpoint, load_checkpoint_tokenizer, load_model_and_config
 from utils import (
@@ -52,13 +50,10 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     checkpoint.model.config.update({name: reading[name] for name in READING[:4]})
     checkpoint.model.config.check(checkpoint.model.encoder)
     dataset = load_test_set(settings, checkpoint, tokenizer, reading, folder)
-    sampler = LongTextBatchSampler(
-        dataset.window_counts, settings.batch_size, max_windows_per_batch=settings.max_windows_per_batch, shuffle=False
-    )
-    loader = DataLoader(
+    loader = evaluation_loader(
         dataset,
-        batch_sampler=sampler,
-        collate_fn=partial(collate, pad_token_id=tokenizer.pad_token_id),
+        settings.batch_size,
+        max_windows_per_batch=settings.max_windows_per_batch,
         num_workers=settings.num_workers,
         pin_memory=device.type == "cuda",
     )

@@ -3,6 +3,7 @@
 - `LongTextDataset`: prepared once and memory-mapped (see `cache`); labels, counts and coverage of all documents
 - a sample, seeded and stratified by label; masking that follows the epoch into the workers
 - `collate`: documents of a batch padded to the longest, windows trimmed to the longest
+- `evaluation_loader`: every document once, in batches of like length
 - `LongTextBatchSampler` (see `sampler`) and `load_tokenizer` (see `tokenization`) are importable from here too
 
 B documents, N windows, W tokens a window, C labels.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
 from data_utils.augmentation import Masking
@@ -35,7 +37,7 @@ from data_utils.tokenization import load_tokenizer, tokenize
 from data_utils.windows import capacity, content_positions, cut_windows
 from utils import ConfigError, DataFormatError, atomic_path, logger
 
-__all__ = ["LongTextBatchSampler", "LongTextDataset", "Masking", "collate", "load_tokenizer"]
+__all__ = ["LongTextBatchSampler", "LongTextDataset", "Masking", "collate", "evaluation_loader", "load_tokenizer"]
 
 
 class LongTextDataset(Dataset[dict[str, Any]]):
@@ -271,3 +273,24 @@ def collate(items: Sequence[dict[str, Any]], pad_token_id: int = 0) -> dict[str,
         batch["labels"] = torch.stack([item["labels"] for item in items])
     batch["index"] = torch.tensor([item["index"] for item in items])
     return batch
+
+
+def evaluation_loader(
+    dataset: LongTextDataset,
+    batch_size: int,
+    *,
+    max_windows_per_batch: int | None = None,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> DataLoader[dict[str, Any]]:
+    """Batches such as `collate` makes, each document once, the longest first."""
+    return DataLoader(
+        dataset,
+        batch_sampler=LongTextBatchSampler(
+            dataset.window_counts, batch_size, max_windows_per_batch=max_windows_per_batch, shuffle=False
+        ),
+        collate_fn=partial(collate, pad_token_id=dataset.tokenizer.pad_token_id),
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # or the loader would draw its seed from the global one, as dropout does
+    )

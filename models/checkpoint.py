@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from models.reberta import ReBertaConfig, RecurrentRoBERTa
+from models.configuration import ReBertaConfig
+from models.reberta import RecurrentRoBERTa
 from utils import ConfigError, ModelError, error_handler, validate_params
 
 FORMAT = 1

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from config import GROUPS, Settings, parse_settings
-from models.reberta import ReBertaConfig
+from models.configuration import ReBertaConfig
 from models.registry import ARCHITECTURE, BEHAVIOUR, READING
 from utils import ConfigError
 

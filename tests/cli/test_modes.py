@@ -16,7 +16,7 @@ REPORT = {
 }
 MODEL = {
     *("config.json", "model.safetensors", "model.pt", "settings.json", "tokenizer.json", "tokenizer_config.json"),
-    *("reberta.py", "encoder.py", "aggregation.py", "pipeline.py"),
+    *("reberta.py", "configuration.py", "encoder.py", "aggregation.py", "pipeline.py"),
 }
 RUN = {"settings.json", "environment.json", "train.log", "metrics.jsonl", "learning_curves.png"}
 

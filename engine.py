@@ -1,0 +1,307 @@
+"""The engine: one transformers Trainer subclass, what it computes a loss with, and its callbacks.
+
+- batches from `LongTextBatchSampler`; an update's documents are the same however they are cut into micro-batches
+- the loss is computed here from the logits, as a sum over the documents of an update divided by their number
+- a loss that is not finite, or too many failed windows, ends the run before the update, and names the documents
+- a moving average of the weights (`--ema_decay`) is what is evaluated and saved
+- the best model goes to `models/saved/<run>/`, everything else to the run folder
+- SIGTERM and Ctrl-C save the step that is at work
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+)
+
+from config import Settings
+from data_utils.dataset import LongTextBatchSampler, LongTextDataset, collate, evaluation_loader
+from evaluation_utils import classification_metrics, predict, probabilities, tune_thresholds
+from models.checkpoint import save_checkpoint
+from run_folder import RunFolder
+from utils import (
+    StopSignals,
+    TrainingError,
+    logger,
+)
+from visualization_utils import save_run_curves
+
+EMA_FILE = "ema.safetensors"
+
+
+class Data(NamedTuple):
+    """What a run trains and chooses its best model on."""
+
+    train: LongTextDataset
+    validation: LongTextDataset
+    tokenizer: PreTrainedTokenizerBase
+
+
+class Objective:
+    """Cross-entropy, or binary cross-entropy for several labels a document, as a sum divided by a count.
+
+    Called as transformers' `compute_loss_func`: `num_items_in_batch` counts the labels of the whole update, over all
+    micro-batches and processes.
+    """
+
+    def __init__(self, label_smoothing: float = 0.0, class_weights: Tensor | None = None) -> None:
+        self.label_smoothing = label_smoothing
+        self.class_weights = class_weights
+
+    def loss_sum(self, logits_BC: Tensor, labels: Tensor) -> Tensor:
+        """Sum over documents (single label, labels [B]) or over documents and classes (labels [B, C])."""
+        logits_BC = logits_BC.float()
+        weight = self.class_weights.to(logits_BC.device) if self.class_weights is not None else None
+        if labels.dim() == 2:
+            targets_BC = labels * (1 - self.label_smoothing) + self.label_smoothing / 2
+            return nn.functional.binary_cross_entropy_with_logits(
+                logits_BC, targets_BC, pos_weight=weight, reduction="sum"
+            )
+        return nn.functional.cross_entropy(
+            logits_BC, labels, weight=weight, label_smoothing=self.label_smoothing, reduction="sum"
+        )
+
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        return self.loss_sum(outputs.logits, labels) / (
+            labels.numel() if num_items_in_batch is None else num_items_in_batch
+        )
+
+
+class Watch:
+    """Looks at each update before it is made: every logit finite, few enough failed windows.
+
+    One look at the host per update. `budget` is the number of windows of an epoch that may fail.
+    """
+
+    def __init__(self, ids: Sequence[str], budget: float) -> None:
+        self.ids, self.budget = ids, budget
+        self.failed_windows = 0
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, index_B: Tensor, outputs: Any, loss: Tensor) -> None:
+        finite_B = outputs.logits.detach().isfinite().all(-1)
+        finite_B &= loss.detach().isfinite() | ~finite_B.all()  # no logit to blame: the whole batch
+        self._seen.append((index_B, finite_B, outputs.hidden_states.window_failures))
+
+    def check(self, step: int) -> None:
+        """Raises TrainingError, naming the step and the documents."""
+        seen, self._seen = self._seen, []
+        bad = [self.ids[i] for index_B, finite_B, _ in seen for i in index_B[~finite_B].tolist()]
+        failures = [(int(index_B[row]), window) for index_B, _, f in seen for row, window in f.nonzero().tolist()]
+        for document, window in failures:
+            logger.warning("step %d: %s, window %d: its state is not finite", step, self.ids[document], window)
+        self.failed_windows += len(failures)
+        if bad:
+            raise TrainingError(
+                f"step {step}: the loss is not finite, so the update was not made; documents: {', '.join(bad)}. "
+                "Try a lower --learning_rate, --mixed_precision_type bf16 or full precision"
+            )
+        if self.failed_windows > self.budget:
+            raise TrainingError(
+                f"step {step}: {self.failed_windows} windows of this epoch failed, over --max_window_failures of them"
+            )
+
+
+class ReBertaTrainer(Trainer):
+    """transformers' Trainer with our batches, our loss, our evaluation and our best model."""
+
+    def __init__(self, settings: Settings, data: Data, run: RunFolder, objective: Objective, **options: Any) -> None:
+        self.settings, self.data, self.run, self.objective = settings, data, run, objective
+        self.ema: AveragedModel | None = None
+        self.signals = StopSignals()
+        self.watch = Watch(data.train.ids, settings.max_window_failures * float(data.train.window_counts.sum()))
+        super().__init__(
+            train_dataset=data.train,
+            eval_dataset=data.validation,
+            data_collator=partial(collate, pad_token_id=data.tokenizer.pad_token_id),
+            compute_loss_func=objective,
+            **options,
+        )
+        self.train_sampler = LongTextBatchSampler(
+            data.train.window_counts,
+            settings.batch_size,
+            accumulation=settings.gradient_accumulation_steps,
+            num_replicas=self.args.world_size,
+            rank=self.args.process_index,
+            max_windows_per_batch=settings.max_windows_per_batch,
+            seed=settings.seed,
+        )
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        return self.ema.module if self.ema is not None else self.model
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Four groups: with or without weight decay, and the encoder's or fresh parameters."""
+        model = model or self.model
+        decayed = set(self.get_decay_parameter_names(model))
+        optimizer, options = self.optimizer_cls_and_kwargs
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault((name.startswith("encoder."), name in decayed), []).append(parameter)
+        self.optimizer: Any = optimizer(
+            [
+                {
+                    "params": parameters,
+                    "lr": options["lr"] * (1.0 if pretrained else self.settings.fresh_lr_factor),
+                    "weight_decay": self.settings.weight_decay if decays else 0.0,
+                }
+                for (pretrained, decays), parameters in groups.items()
+            ],
+            **options,
+        )
+        return self.optimizer
+
+    def get_train_dataloader(self) -> DataLoader:
+        loader = self.accelerator.prepare(
+            DataLoader(
+                self.train_dataset,
+                batch_sampler=self.train_sampler,
+                collate_fn=self.data_collator,
+                num_workers=self.args.dataloader_num_workers,
+                pin_memory=self.args.device.type == "cuda",
+                persistent_workers=self.args.dataloader_num_workers > 0,
+                generator=torch.Generator(),  # or the loader would draw its seed from the one of the dropout
+            )
+        )
+        if self.args.world_size > 1:  # our sampler deals to the processes itself; accelerate must not deal again
+            loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
+        return loader
+
+    def get_eval_dataloader(self, eval_dataset: LongTextDataset | None = None) -> DataLoader:
+        return evaluation_loader(
+            eval_dataset or self.data.validation,
+            self.settings.batch_size,
+            max_windows_per_batch=self.settings.max_windows_per_batch,
+        )
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        index_B = inputs.pop("index")
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self.watch.add(index_B, outputs, loss)
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Metrics of the model (its moving average where there is one) on the validation set."""
+        model: Any = self.evaluated_model
+        with self.accelerator.autocast():
+            prediction = predict(model, self.get_eval_dataloader(eval_dataset), self.args.device)
+        dataset = eval_dataset or self.data.validation
+        unreadable = ~np.isfinite(prediction.logits).all(-1)
+        if unreadable.any():
+            names = ", ".join(dataset.ids[i] for i in np.flatnonzero(unreadable)[:20])
+            raise TrainingError(
+                f"step {self.state.global_step}: validation gives logits that are not finite; documents: {names}"
+            )
+        assert prediction.labels is not None
+        scores = probabilities(prediction.logits, self.settings.problem_type)
+        if self.settings.problem_type == "multi_label":
+            model.config.thresholds = tune_thresholds(scores, prediction.labels)
+        report = classification_metrics(
+            prediction.labels, scores, dataset.label_names, self.settings.problem_type, model.config.thresholds
+        )
+        labels = torch.from_numpy(prediction.labels)
+        loss = self.objective.loss_sum(torch.from_numpy(prediction.logits), labels) / labels.numel()
+        values = {"loss": float(loss), "accuracy": report["accuracy"], "f1_macro": report["f1_macro"]}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
+        self.log(dict(metrics))
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        is_best = super()._determine_best_metric(metrics, trial)
+        if is_best and self.args.should_save:
+            model: Any = self.evaluated_model
+            save_checkpoint(model, self.data.tokenizer, self.settings.model_dump(mode="json"), self.run.best_model)
+        return is_best
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Weights and configuration only: the pickled TrainingArguments that Trainer adds are of no use here."""
+        if self.args.should_save:
+            self.model.save_pretrained(output_dir, state_dict=state_dict)
+
+
+class EngineCallback(TrainerCallback):
+    """What a step needs around it: epoch, watch, moving average, signals."""
+
+    def __init__(self, trainer: ReBertaTrainer, resume_from: str | None) -> None:
+        self.trainer, self.resume_from = trainer, resume_from
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        decay = self.trainer.settings.ema_decay
+        if decay is None:
+            return
+        self.trainer.ema = AveragedModel(self.trainer.model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        if self.resume_from is not None:
+            self.trainer.ema.load_state_dict(load_file(Path(self.resume_from) / EMA_FILE))
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        epoch = math.floor(state.epoch or 0)
+        self.trainer.train_sampler.set_epoch(epoch)
+        self.trainer.data.train.set_epoch(epoch)
+        self.trainer.watch.failed_windows = 0
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.watch.check(state.global_step + 1)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.ema is not None:
+            self.trainer.ema.update_parameters(self.trainer.model)
+        if self.trainer.signals.received:
+            control.should_save = control.should_training_stop = True
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.signals.received:  # it is saved, and an evaluation here is none that the whole run would have
+            control.should_save = control.should_evaluate = False
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.ema is not None and args.should_save:
+            save_file(
+                self.trainer.ema.state_dict(), Path(args.output_dir) / f"checkpoint-{state.global_step}" / EMA_FILE
+            )
+
+
+class MetricsCallback(TrainerCallback):
+    """metrics.jsonl, a line in the log, and the learning curves."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            lines = [json.dumps(row) for row in state.log_history]
+            self.run.metrics.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        row = state.log_history[-1]
+        with self.run.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        shown = {name: value for name, value in row.items() if name not in ("step", "epoch", "total_flos")}
+        values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        logger.info("step %d/%d, epoch %.2f: %s", row["step"], state.max_steps, row.get("epoch", 0), values)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            save_run_curves(state.log_history, self.run.folder / "learning_curves.png")

@@ -1,0 +1,70 @@
+"""What a ReBerta is built from, and what of it an encoder cannot do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from .aggregation import AGGREGATIONS
+from .encoder import max_window_size
+from .pipeline import CUSTOM_PIPELINES
+
+try:  # absent where transformers runs a copy of this file that it found beside saved weights
+    from utils import ConfigError
+except ImportError:
+    ConfigError = ValueError  # type: ignore[misc, assignment]
+
+
+class ReBertaConfig(PreTrainedConfig):
+    """What `RecurrentRoBERTa` is built from. `id2label`, `label2id` and `problem_type` are transformers' own."""
+
+    model_type = "reberta"
+
+    encoder_config: dict | PreTrainedConfig | None = None
+    window_size: int = 256
+    window_overlap: int = 0
+    max_windows: int = 16
+    max_len: int | None = None
+    num_repeats: int = 1
+    carry: str = "gated"
+    alpha: float = 0.8
+    global_alpha: float | None = None
+    gate_bias: float = 0.0
+    aggregation: str = "encoder"
+    position_encoding: str = "absolute"
+    dropout: float = 0.1
+    attention_dropout: float = 0.0
+    memory_level: int | str = "auto"
+    cls_token_id: int | None = None
+    thresholds: list[float] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if isinstance(self.encoder_config, dict):
+            self.encoder_config = AutoConfig.for_model(**self.encoder_config)
+        self.custom_pipelines = CUSTOM_PIPELINES
+        super().__post_init__(**kwargs)
+
+    def check(self, encoder: PreTrainedModel) -> None:
+        """Raises ConfigError with all that this encoder cannot do."""
+        positions = max_window_size(encoder)
+        faults = []
+        if not 4 <= self.window_size <= positions:
+            faults.append(f"window_size is {self.window_size}; this encoder takes windows of 4 to {positions} tokens")
+        if not 0 <= self.window_overlap < self.window_size - 2:
+            faults.append(f"window_overlap is {self.window_overlap}; it must leave room in {self.window_size} tokens")
+        if self.aggregation == "encoder" and self.max_windows > positions - 2:
+            faults.append(
+                f"max_windows is {self.max_windows}; aggregation by this encoder takes at most {positions - 2}: "
+                "use aggregation 'attention', 'mean' or 'max', or fewer windows"
+            )
+        for name, choices in (
+            ("carry", ("gated", "residual")),
+            ("aggregation", AGGREGATIONS),
+            ("position_encoding", ("absolute", "rope")),
+            ("memory_level", ("auto", 0, 1, 2)),
+        ):
+            if getattr(self, name) not in choices:
+                faults.append(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(map(repr, choices))}")
+        if faults:
+            raise ConfigError("; ".join(faults))
