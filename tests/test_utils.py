@@ -131,7 +131,7 @@ def test_device(monkeypatch):
 
 
 def test_mixed_precision_falls_back_with_a_warning(monkeypatch, caplog):
-    logging.getLogger("reberta").propagate = True
+    monkeypatch.setattr(logging.getLogger("reberta"), "propagate", True)
     assert mixed_precision_type("bf16", torch.device("cpu")) == "bf16"
     assert caplog.text == ""
     assert mixed_precision_type("fp16", torch.device("cpu")) == "bf16"
