@@ -101,7 +101,8 @@ def main() -> None:
         {"model": name, "precision": precision, **measure(models[name], input_ids, precision, options.repeats)}
         for name, precision in tqdm(cases, disable=None)
     ]
-    print(f"{'model':<22}{'precision':<11}{'training':>10}{'inference':>11}   tokens/s; {torch.backends.cpu.get_cpu_capability()}")
+    print(f"tokens a second on {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}")
+    print(f"{'model':<22}{'precision':<11}{'training':>10}{'inference':>11}")
     for row in rows:
         print(f"{row['model']:<22}{row['precision']:<11}{row['training']:>10,.0f}{row['inference']:>11,.0f}")
     if options.output:
