@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
@@ -227,13 +228,12 @@ class RecurrentRoBERTa(PreTrainedModel):
         back_B = torch.argsort(rows_B)
         slots_BN = torch.argsort(windows_BN, dim=1)[back_B]
 
-        def in_place(values_BN: Tensor) -> Tensor:
-            padded_BN = nn.functional.pad(values_BN, (0, slots_BN.shape[1] - values_BN.shape[1]))
-            return padded_BN[back_B].gather(1, slots_BN)
+        def in_place(values: Tensor) -> Tensor:
+            absent = values.new_zeros(len(values), slots_BN.shape[1] - values.shape[1], *values.shape[2:])
+            return torch.cat([values, absent], dim=1)[back_B.unsqueeze(1), slots_BN]
 
-        padded_BND = nn.functional.pad(states_BND, (0, 0, 0, slots_BN.shape[1] - states_BND.shape[1]))
         hidden_states = HiddenStates(
-            window_states=padded_BND[back_B].gather(1, slots_BN.unsqueeze(-1).expand_as(padded_BND)),
+            window_states=in_place(states_BND),
             document_state=document_BD[back_B],
             window_gates=torch.stack([in_place(gates_BN) for gates_BN in window_gates]),
             global_gates=torch.stack([entered_B[back_B] for entered_B in global_gates]),
@@ -244,8 +244,8 @@ class RecurrentRoBERTa(PreTrainedModel):
     def _read_windows(self, batch: Batch, document_BD: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One pass over the windows: states [B, N, D], gates [B, N], failures [B, N], and the global gate [B]."""
         windows = len(batch.alive)
-        level = self.memory_level(windows) if torch.is_grad_enabled() else 0
-        stride = {0: windows, 1: 2, 2: 1}[level] if torch.is_grad_enabled() else 1
+        level = self.memory_level(windows) if torch.is_grad_enabled() else None
+        stride = {None: 1, 0: windows, 1: 2, 2: 1}[level]
         carried = document_BD if self.config.carry == "gated" else None
         previous: Tensor | None = None
         states: list[Tensor] = []
@@ -262,10 +262,7 @@ class RecurrentRoBERTa(PreTrainedModel):
             states += chunk_states
             gates += chunk_gates
             failed += chunk_failed
-        batch_size = batch.alive[0]
-        states_BND = torch.stack([nn.functional.pad(s, (0, 0, 0, batch_size - len(s))) for s in states], dim=1)
-        gates_BN = torch.stack([nn.functional.pad(g, (0, batch_size - len(g))) for g in gates], dim=1)
-        failed_BN = torch.stack([nn.functional.pad(f, (0, batch_size - len(f))) for f in failed], dim=1)
+        states_BND, gates_BN, failed_BN = pad_sequence(states), pad_sequence(gates), pad_sequence(failed)
         entered_B = gates_BN[:, 0]
         gates_BN = torch.cat([torch.zeros_like(gates_BN[:, :1]), gates_BN[:, 1:]], dim=1)
         return states_BND, gates_BN, failed_BN, entered_B
