@@ -14,9 +14,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from config import Settings
-from data_utils.dataset import LongTextDataset, evaluation_loader
+from data_utils.dataset import LongTextDataset, dataset_options, evaluation_loader
 from evaluation_utils import evaluate_model
 from models.checkpoint import Checkpoint, load_checkpoint_tokenizer, load_model_and_config
+from models.registry import READING
 from utils import (
     DataError,
     ModelError,
@@ -28,8 +29,6 @@ from utils import (
     setup_logging,
     validate_params,
 )
-
-READING = ("window_size", "window_overlap", "max_windows", "max_len", "text_column", "label_column")
 
 
 def evaluate(settings: Settings) -> dict[str, Any]:
@@ -43,13 +42,15 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     setup_logging(settings.log_level, folder / "evaluation.log")
     device = get_device(settings.device)
     checkpoint, tokenizer = load_model(settings.model_path)
-    reading = {
-        name: getattr(settings, name) if name in settings.model_fields_set else checkpoint.settings[name]
-        for name in READING
+    learned = {
+        name: checkpoint.settings[name]
+        for name in (*READING, "text_column", "label_column")
+        if name not in settings.model_fields_set
     }
-    checkpoint.model.config.update({name: reading[name] for name in READING[:4]})
+    settings = settings.model_copy(update={**learned, "problem_type": checkpoint.settings["problem_type"]})
+    checkpoint.model.config.update({name: getattr(settings, name) for name in READING})
     checkpoint.model.config.check(checkpoint.model.encoder)
-    dataset = load_test_set(settings, checkpoint, tokenizer, reading, folder)
+    dataset = load_test_set(settings, checkpoint, tokenizer, folder)
     loader = evaluation_loader(
         dataset,
         settings.batch_size,
@@ -66,7 +67,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
             device,
             dataset.label_names,
             folder,
-            problem_type=checkpoint.settings["problem_type"],
+            problem_type=settings.problem_type,
             thresholds=checkpoint.model.config.thresholds,
             max_window_failures=settings.max_window_failures,
             predictions_path=folder / "predictions.csv" if settings.save_predictions else None,
@@ -85,26 +86,16 @@ def load_model(path: str) -> tuple[Checkpoint, PreTrainedTokenizerBase]:
 
 @error_handler(error_type=DataError)
 def load_test_set(
-    settings: Settings,
-    checkpoint: Checkpoint,
-    tokenizer: PreTrainedTokenizerBase,
-    reading: dict[str, Any],
-    folder: Path,
+    settings: Settings, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> LongTextDataset:
     """The test set, with the checkpoint's labels."""
     assert settings.test_path is not None
     id2label = checkpoint.label_maps["id2label"]
     return LongTextDataset(
         settings.test_path,
-        tokenizer=tokenizer,
         label_names=[id2label[index] for index in range(len(id2label))],
-        problem_type=checkpoint.settings["problem_type"],
-        on_bad_lines=settings.on_bad_lines,
         quarantine_path=folder / "quarantine_test.jsonl",
-        sample_data=settings.sample_data,
-        seed=settings.seed,
-        cache_dir=Path(settings.cache_dir).expanduser(),
-        **reading,
+        **dataset_options(settings, tokenizer),
     )
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from utils import DataError, ModelError, TrainingError, atomic_path, error_handler, logger
+from utils import DataError, ModelError, TrainingError, atomic_path, error_handler, logger, write_text
 from visualization_utils import display_width, save_class_metrics, save_confusion_matrix, shorten
 
 LENGTH_EDGES = (512, 1024, 2048, 4096, 8192, 16384)
@@ -263,8 +263,8 @@ def evaluate_model(
     folder = Path(log_dir)
     if predictions_path is not None:
         _save_predictions(predictions_path, list(names.values()), labels, predicted, scores, label_names)
-    _save_text(folder / "metrics.json", json.dumps(metrics, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
-    _save_text(folder / "evaluation_results.txt", format_report(metrics))
+    write_text(folder / "metrics.json", json.dumps(metrics, ensure_ascii=False, allow_nan=False, indent=2) + "\n")
+    write_text(folder / "evaluation_results.txt", format_report(metrics))
     save_class_metrics(metrics["per_class"], folder / "class_metrics.png")
     save_confusion_matrix(labels, predicted, folder / "confusion_matrix.png", label_names)
     return metrics
@@ -295,11 +295,6 @@ def _checked_labels(
             f"{max_window_failures:g}: {'; '.join(failures)}"
         )
     return prediction.labels.astype(np.int64)
-
-
-def _save_text(path: Path, text: str) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def _save_predictions(

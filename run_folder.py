@@ -22,7 +22,7 @@ import torch
 from transformers.trainer_utils import get_last_checkpoint
 
 from config import Settings
-from utils import ConfigError, atomic_path, logger, made_up_folder, setup_logging
+from utils import ConfigError, logger, made_up_folder, setup_logging, write_text
 
 SETTINGS_FILE = "settings.json"
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "scikit-learn", "numpy")
@@ -115,5 +115,4 @@ def _environment(settings: Settings) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

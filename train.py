@@ -26,7 +26,7 @@ from transformers import (
 
 from config import DEFAULT_ENCODER, Settings
 from data_utils.augmentation import Masking
-from data_utils.dataset import LongTextDataset, load_tokenizer
+from data_utils.dataset import LongTextDataset, dataset_options, load_tokenizer
 from data_utils.readers import expand_paths
 from engine import Data, EngineCallback, MetricsCallback, Objective, ReBertaTrainer
 from models.checkpoint import is_checkpoint, load_checkpoint_tokenizer
@@ -101,13 +101,6 @@ def load_data(settings: Settings, run: RunFolder) -> Data:
     validation_set = LongTextDataset(settings.val_path, quarantine_path=run.quarantine("validation"), **options)
     run.record_data(expand_paths([*settings.train_path, *settings.val_path]))
     return Data(train_set, validation_set, tokenizer)
-
-
-def dataset_options(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The arguments of `LongTextDataset` that the settings decide, the same for every set."""
-    reading = ("max_len", "window_size", "max_windows", "window_overlap", "text_column", "label_column", "problem_type")
-    options = {name: getattr(settings, name) for name in (*reading, "on_bad_lines", "sample_data", "seed")}
-    return {**options, "tokenizer": tokenizer, "cache_dir": Path(settings.cache_dir).expanduser()}
 
 
 def masking(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Masking | None:

@@ -4,7 +4,7 @@
 - `error_handler`, `validate_params`: decorators for stages (load data, build model, fit, evaluate, save)
 - `StopSignals`: SIGTERM and Ctrl-C, noted so that a run can save
 - `setup_logging`: one format, to the console and, where asked, to a file
-- `atomic_path`: a file is written under a temporary name and moved into place
+- `atomic_path`, `write_text`: a file is written under a temporary name and moved into place
 - `made_up_folder`, `find_encoder`: where reports go and encoders lie
 - `get_device`, `mixed_precision_type`: where to compute, and in what
 - `limit_gpu_memory`, `clean_gpu_memory`, `log_gpu_usage`: the GPU's memory; they do nothing on a CPU
@@ -230,6 +230,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _umask() -> int:

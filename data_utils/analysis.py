@@ -30,7 +30,7 @@ from data_utils.readers import OnBadLines, Paths, Quarantine, checked_records, e
 from data_utils.records import Columns, ProblemType, Record
 from data_utils.tokenization import load_tokenizer, tokenize
 from data_utils.windows import capacity, check_window_options
-from utils import atomic_path, logger, made_up_folder, setup_logging
+from utils import logger, made_up_folder, setup_logging, write_text
 from visualization_utils import save_length_coverage
 
 WINDOW_COUNTS = (4, 8, 16, 32, 64)
@@ -161,10 +161,8 @@ def write_analysis(report: Mapping[str, Any], output_dir: str | Path) -> None:
     """Write analysis.json, analysis.txt and token_lengths.png (all splits together) into `output_dir`."""
     folder = Path(output_dir)
     plain = {name: value for name, value in report.items() if name != "token_counts"}
-    with atomic_path(folder / "analysis.json") as path:
-        path.write_text(json.dumps(plain, indent=2, ensure_ascii=False), encoding="utf-8")
-    with atomic_path(folder / "analysis.txt") as path:
-        path.write_text(format_analysis(report), encoding="utf-8")
+    write_text(folder / "analysis.json", json.dumps(plain, indent=2, ensure_ascii=False))
+    write_text(folder / "analysis.txt", format_analysis(report))
     token_counts = np.concatenate(list(report["token_counts"].values()))
     save_length_coverage(token_counts, report["window_size"], folder / "token_lengths.png")
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedTokenizerBase
 
+from config import Settings
 from data_utils.augmentation import Masking
 from data_utils.cache import DOCUMENTS, QUARANTINE, Preparation, prepare
 from data_utils.labels import distinct_labels, encode_labels, stratified_sample
@@ -273,6 +274,13 @@ def collate(items: Sequence[dict[str, Any]], pad_token_id: int = 0) -> dict[str,
         batch["labels"] = torch.stack([item["labels"] for item in items])
     batch["index"] = torch.tensor([item["index"] for item in items])
     return batch
+
+
+def dataset_options(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The arguments of `LongTextDataset` that the settings decide, the same for every set."""
+    reading = ("max_len", "window_size", "max_windows", "window_overlap", "text_column", "label_column", "problem_type")
+    options = {name: getattr(settings, name) for name in (*reading, "on_bad_lines", "sample_data", "seed")}
+    return {**options, "tokenizer": tokenizer, "cache_dir": Path(settings.cache_dir).expanduser()}
 
 
 def evaluation_loader(
