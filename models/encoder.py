@@ -2,20 +2,24 @@
 
 - `load_encoder`: an encoder by name, folder or config, without its pooler
 - `max_window_size`: how many tokens a window may hold, read off the encoder's position table
+- `token_lookup`: word embeddings, whose gradients are gathered in one table
 - `cls_output`: [CLS] of a batch of embedded windows; the last layer computes the [CLS] row only, since nothing else of
   it is read; no attention mask where nothing is padded; layer-wise recomputation where asked
-- `use_rotary_positions`: rotary positions, as an attention function registered with transformers
+- `use_rotary_positions`: rotary positions
+- attention by device and type, registered with transformers; dropout that draws four numbers at a time on a CPU
 
-Shapes: B documents, W tokens of a window, D hidden size, H heads, K size of a head.
+Shapes: B documents, W tokens of a window, D hidden size, H heads, K size of a head, V tokens of the vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -23,6 +27,7 @@ from transformers.masking_utils import AttentionMaskInterface, create_bidirectio
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
+ATTENTION = "reberta"
 ROTARY = "reberta_rotary"
 ROTARY_BASE = 10_000.0
 
@@ -39,9 +44,15 @@ def load_encoder(
     config.hidden_dropout_prob = dropout
     config.attention_probs_dropout_prob = attention_dropout
     options: dict[str, Any] = {"add_pooling_layer": False} if _has_pooler_option(config) else {}
+    options["attn_implementation"] = ATTENTION
     if pretrained and not isinstance(encoder, PreTrainedConfig):
-        return AutoModel.from_pretrained(encoder, config=config, dtype=torch.float32, use_safetensors=True, **options)
-    return AutoModel.from_config(config, dtype=torch.float32, **options)
+        model = AutoModel.from_pretrained(encoder, config=config, dtype=torch.float32, use_safetensors=True, **options)
+    else:
+        model = AutoModel.from_config(config, dtype=torch.float32, **options)
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Dropout:
+            model.set_submodule(name, Dropout(module.p))
+    return model
 
 
 def _has_pooler_option(config: PreTrainedConfig) -> bool:
@@ -58,6 +69,54 @@ def max_window_size(encoder: PreTrainedModel) -> int:
     return encoder.config.max_position_embeddings
 
 
+def token_lookup(encoder: PreTrainedModel) -> Callable[[Tensor], Tensor]:
+    """A function from token ids [...] to their word embeddings [..., D], to be used for one forward pass.
+
+    The gradients of all its lookups are gathered in one table [V, D]. A plain lookup fills such a table each time: on a
+    CPU 21 ms instead of 0.1 for 512 tokens and MiniLM's vocabulary, a tenth of a training step in bf16.
+    """
+    embedding = encoder.get_input_embeddings()
+    if type(embedding) is not nn.Embedding or not (torch.is_grad_enabled() and embedding.weight.requires_grad):
+        return embedding
+    gradient_VD = torch.zeros_like(embedding.weight)
+    table_VD = _Gathered.apply(embedding.weight, gradient_VD)
+    return lambda ids: _Lookup.apply(ids, table_VD, gradient_VD)
+
+
+class _Gathered(torch.autograd.Function):
+    """The table itself; its gradient is what the lookups left in `gradient_VD`."""
+
+    @staticmethod
+    def forward(ctx: Any, table_VD: Tensor, gradient_VD: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.gradient_VD = gradient_VD
+        return table_VD.view_as(table_VD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, nothing: None) -> tuple[Tensor, None]:
+        gradient_VD = ctx.gradient_VD.clone()
+        ctx.gradient_VD.zero_()
+        return gradient_VD, None
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of the table. The graph keeps its edge to `_Gathered`, which therefore runs after all lookups."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, table_VD: Tensor, gradient_VD: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.gradient_VD = gradient_VD
+        return nn.functional.embedding(ids, table_VD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None, None]:
+        (ids,) = ctx.saved_tensors
+        ctx.gradient_VD.index_put_((ids,), gradient, accumulate=True)
+        return None, None, None
+
+
 def cls_output(
     encoder: PreTrainedModel, embeds_BWD: Tensor, mask_BW: Tensor | None, *, recompute_layers: bool = False
 ) -> Tensor:
@@ -68,15 +127,18 @@ def cls_output(
     """
     if not _is_bert_shaped(encoder):
         return encoder(inputs_embeds=embeds_BWD, attention_mask=mask_BW).last_hidden_state[:, 0]
-    hidden_BWD = encoder.embeddings(inputs_embeds=embeds_BWD)
-    mask = create_bidirectional_mask(encoder.config, hidden_BWD, mask_BW) if mask_BW is not None else None
+    batch = len(embeds_BWD)
+    hidden_TD = encoder.embeddings(inputs_embeds=embeds_BWD).flatten(0, 1)
+    mask = create_bidirectional_mask(encoder.config, embeds_BWD, mask_BW) if mask_BW is not None else None
     *layers, last = encoder.encoder.layer
     for layer in layers:
-        if recompute_layers:
-            hidden_BWD = checkpoint(layer, hidden_BWD, mask, use_reentrant=False)
+        if recompute_layers:  # what would compare the two computations takes 50 KB a window (4 layers)
+            hidden_TD = checkpoint(
+                _read_layer, layer, hidden_TD, batch, mask, use_reentrant=False, determinism_check="none"
+            )
         else:
-            hidden_BWD = layer(hidden_BWD, mask)
-    return _cls_of_layer(last, hidden_BWD, mask)
+            hidden_TD = _read_layer(layer, hidden_TD, batch, mask)
+    return _read_layer(last, hidden_TD, batch, mask, cls_only=True)
 
 
 def _is_bert_shaped(encoder: PreTrainedModel) -> bool:
@@ -85,26 +147,30 @@ def _is_bert_shaped(encoder: PreTrainedModel) -> bool:
     return all(hasattr(getattr(attention, "self", None), part) for part in ("query", "key", "value", "scaling"))
 
 
-def _cls_of_layer(layer: Any, hidden_BWD: Tensor, mask: Tensor | None) -> Tensor:
-    """One encoder layer for the query at position 0 alone: a W-th of the feed-forward's work."""
+def _read_layer(layer: Any, hidden_TD: Tensor, batch: int, mask: Tensor | None, cls_only: bool = False) -> Tensor:
+    """One encoder layer over the B x W = T tokens of all windows, [T, D]; with `cls_only` at position 0 alone, [B, D].
+
+    The same as calling the layer; kept flat, it leaves a tenth less of autograd's graph behind for every window.
+    """
     attention: Any = layer.attention.self
-    heads = (*hidden_BWD.shape[:1], -1, attention.num_attention_heads, attention.attention_head_size)
-    cls_B1D = hidden_BWD[:, :1]
-    query_BH1K = attention.query(cls_B1D).view(heads).transpose(1, 2)
-    key_BHWK = attention.key(hidden_BWD).view(heads).transpose(1, 2)
-    value_BHWK = attention.value(hidden_BWD).view(heads).transpose(1, 2)
+
+    def heads(projection: nn.Module, tokens: Tensor) -> Tensor:
+        sizes = batch, -1, attention.num_attention_heads, attention.attention_head_size
+        return projection(tokens).view(sizes).transpose(1, 2)
+
+    queried = hidden_TD.unflatten(0, (batch, -1))[:, 0] if cls_only else hidden_TD
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
-    context, _ = attend(
+    context_BWHK, _ = attend(
         attention,
-        query_BH1K,
-        key_BHWK,
-        value_BHWK,
-        mask[:, :, :1] if mask is not None else None,
+        heads(attention.query, queried),
+        heads(attention.key, hidden_TD),
+        heads(attention.value, hidden_TD),
+        mask[:, :, :1] if cls_only and mask is not None else mask,
         dropout=attention.dropout.p if attention.training else 0.0,
         scaling=attention.scaling,
     )
-    attended_B1D = layer.attention.output(context.reshape(cls_B1D.shape[0], 1, -1), cls_B1D)
-    return layer.feed_forward_chunk(attended_B1D)[:, 0]
+    attended = layer.attention.output(context_BWHK.reshape(queried.shape), queried)
+    return layer.feed_forward_chunk(attended)
 
 
 def use_rotary_positions(encoder: PreTrainedModel) -> None:
@@ -134,12 +200,51 @@ def _rotate(states_BHWK: Tensor) -> Tensor:
     return (states_BHWK * angle.cos() + rotated * angle.sin()).to(states_BHWK.dtype)
 
 
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """SDPA; in bf16 on a CPU two products and a softmax, which train 1.9 to 2.7 times as fast at W of 128 to 512."""
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    scores_BHWW = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        scores_BHWW = scores_BHWW.masked_fill(~attention_mask, -torch.inf)
+    weights_BHWW = nn.functional.dropout(scores_BHWW.softmax(-1), dropout)
+    return (weights_BHWW @ value).transpose(1, 2), None
+
+
 def _rotary_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """SDPA over rotated queries and keys. A lone query is the one at position 0, which rotation leaves as it is."""
-    return sdpa_attention_forward(module, _rotate(query), _rotate(key), value, attention_mask, **options)
+    """Over rotated queries and keys. A lone query is the one at position 0, which rotation leaves as it is."""
+    return _attention(module, _rotate(query), _rotate(key), value, attention_mask, **options)
 
 
-AttentionInterface.register(ROTARY, _rotary_attention)
-AttentionMaskInterface.register(ROTARY, sdpa_mask)
+class Dropout(nn.Dropout):
+    """Dropout that on a CPU cuts each 64-bit random number into four of 16 bits: 0.35 of nn.Dropout's time.
+
+    `p` is thereby rounded to a multiple of 2**-16, and the scale is that of the rounded one.
+    """
+
+    def forward(self, values: Tensor) -> Tensor:
+        if not self.training or self.p == 0 or values.device.type != "cpu":
+            return super().forward(values)
+        dropped = round(self.p * 2**16)
+        numbers = torch.empty(-(-values.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        kept = numbers.view(torch.int16)[: values.numel()].view(values.shape) >= dropped - 2**15
+        return values * kept * (2**16 / (2**16 - dropped))
+
+
+for _name, _function in ((ATTENTION, _attention), (ROTARY, _rotary_attention)):
+    AttentionInterface.register(_name, _function)
+    AttentionMaskInterface.register(_name, sdpa_mask)

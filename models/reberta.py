@@ -16,6 +16,7 @@ R repeats. Documents are sorted by their number of windows, so that those with a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ from transformers import initialization as init
 
 from .aggregation import AttentionAggregation, EncoderAggregation, masked_max, masked_mean
 from .configuration import ReBertaConfig
-from .encoder import cls_output, load_encoder, use_rotary_positions
+from .encoder import Dropout, cls_output, load_encoder, token_lookup, use_rotary_positions
 
 try:  # absent where transformers runs a copy of this file that it found beside saved weights
     from utils import ConfigError, find_encoder
@@ -71,6 +72,8 @@ class ReBertaOutput(NamedTuple):
 class Batch(NamedTuple):
     """Documents sorted by their number of windows, existing windows in front, and the host's plan of the pass."""
 
+    embed: Callable[[Tensor], Tensor]
+    """Token ids to word embeddings."""
     input_ids: Tensor
     """[B, N, W]"""
     attention_mask: Tensor
@@ -145,7 +148,7 @@ class RecurrentRoBERTa(PreTrainedModel):
         elif config.aggregation == "attention":
             self.aggregation = AttentionAggregation(size)
         self.pooler = nn.Linear(size, size)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.classifier = nn.Linear(size, config.num_labels)
         if pretrained:
             for module in self.encoder.modules():
@@ -209,6 +212,7 @@ class RecurrentRoBERTa(PreTrainedModel):
         exists_BN = exists_BN[rows_B].gather(1, windows_BN)
         tokens_BNW = windows_BN.unsqueeze(-1).expand_as(input_ids)
         batch = _plan(
+            token_lookup(self.encoder),
             input_ids[rows_B].gather(1, tokens_BNW),
             attention_mask[rows_B].gather(1, tokens_BNW),
             skip_BN[rows_B].gather(1, windows_BN),
@@ -255,7 +259,9 @@ class RecurrentRoBERTa(PreTrainedModel):
             chunk = range(start, min(start + stride, windows))
             arguments = (batch, chunk, carried, previous, document_BD, level == 2)
             read = (
-                checkpoint(self._read_chunk, *arguments, use_reentrant=False) if level else self._read_chunk(*arguments)
+                checkpoint(self._read_chunk, *arguments, use_reentrant=False, determinism_check="none")
+                if level
+                else self._read_chunk(*arguments)
             )
             chunk_states, chunk_gates, chunk_failed, carried = read
             previous = chunk_states[-1]
@@ -278,13 +284,9 @@ class RecurrentRoBERTa(PreTrainedModel):
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor | None]:
         """The windows of `chunk` in order: their states, gates and failures, and what is carried on."""
         states, gates, failed = [], [], []
-        # one lookup a chunk: each fills a gradient as large as the vocabulary in the backward pass (6 % of a step)
-        embeds_BkWD = self.encoder.get_input_embeddings()(
-            batch.input_ids[: batch.alive[chunk[0]], chunk[0] : chunk[-1] + 1]
-        )
         for i in chunk:
             b, width = batch.alive[i], batch.widths[i]
-            embeds_bWD = embeds_BkWD[:b, i - chunk[0], :width]
+            embeds_bWD = batch.embed(batch.input_ids[:b, i, :width])
             mask_bW = batch.attention_mask[:b, i, :width] if batch.padded[i] else None
             cls_bD = embeds_bWD[:, 0].float()
             carried = carried[:b] if carried is not None else None
@@ -335,9 +337,8 @@ class RecurrentRoBERTa(PreTrainedModel):
                 return self.aggregation(states_BND, exists_BN)
             first_ids = batch.input_ids[:, 0]
             last_token_B = batch.attention_mask[:, 0].sum(1, keepdim=True) - 1
-            embed = self.encoder.get_input_embeddings()
-            cls_B1D = embed(first_ids[:, :1])
-            sep_B1D = embed(first_ids.gather(1, last_token_B))
+            cls_B1D = batch.embed(first_ids[:, :1])
+            sep_B1D = batch.embed(first_ids.gather(1, last_token_B))
             recompute = torch.is_grad_enabled() and self.memory_level(len(batch.alive)) == 2
             return self.aggregation(
                 states_BND,
@@ -359,7 +360,7 @@ class RecurrentRoBERTa(PreTrainedModel):
         return 0 if windows < 8 else 1 if windows < 32 else 2
 
 
-def _plan(input_ids: Tensor, attention_mask: Tensor, skip: Tensor) -> Batch:
+def _plan(embed: Callable[[Tensor], Tensor], input_ids: Tensor, attention_mask: Tensor, skip: Tensor) -> Batch:
     """Count once, on the host, what each step of the pass needs; a skipped window is reduced to its first token."""
     input_ids = torch.where(skip.unsqueeze(-1), input_ids[:, :, :1], input_ids)
     first_only = torch.arange(input_ids.shape[2], device=input_ids.device) == 0
@@ -375,7 +376,7 @@ def _plan(input_ids: Tensor, attention_mask: Tensor, skip: Tensor) -> Batch:
     padded = [
         any(row[i] != width for row in counts[:b]) for i, (b, width) in enumerate(zip(alive, widths, strict=True))
     ]
-    return Batch(input_ids, attention_mask, skip, alive, widths, padded)
+    return Batch(embed, input_ids, attention_mask, skip, alive, widths, padded)
 
 
 AutoConfig.register(ReBertaConfig.model_type, ReBertaConfig, exist_ok=True)

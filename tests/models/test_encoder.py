@@ -1,0 +1,140 @@
+"""The encoder's fast paths against torch's own: lookups, dropout, attention in bf16, quantised layers."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModel
+
+from models.encoder import Dropout, load_encoder, token_lookup
+from models.quantization import quantize_int8
+from models.reberta import RecurrentRoBERTa
+from tests.conftest import tiny_encoder
+from tests.models.twin import twin_logits
+
+
+def documents(lengths: list[list[int]], width: int = 16) -> dict[str, torch.Tensor]:
+    """A batch of documents, each a list of window lengths."""
+    shape = len(lengths), max(map(len, lengths)), width
+    input_ids = torch.randint(5, 120, shape, generator=torch.Generator().manual_seed(1))
+    mask = torch.zeros(shape, dtype=torch.long)
+    for row, windows in enumerate(lengths):
+        for i, length in enumerate(windows):
+            mask[row, i, :length] = 1
+    return {"input_ids": input_ids * mask, "attention_mask": mask}
+
+
+def build(kind: str = "roberta", initializer_range: float = 0.1, **options) -> RecurrentRoBERTa:
+    encoder = tiny_encoder(kind, initializer_range=initializer_range)
+    model = RecurrentRoBERTa(
+        num_classes=3, encoder=encoder, cls_token_id=2, window_size=16, max_windows=8, **options
+    ).eval()
+    nn.init.normal_(model.classifier.weight)
+    return model
+
+
+def relative(values: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((values.float() - expected.float()).detach().norm() / expected.float().detach().norm())
+
+
+def gradients(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_lookups_give_the_gradient_of_plain_ones():
+    encoder = load_encoder(tiny_encoder("roberta"), 0.0, 0.0)
+    weight = encoder.get_input_embeddings().weight
+    ids = torch.randint(5, 120, (3, 7))
+    scale = torch.randn(3, 7, 32)
+
+    embed = token_lookup(encoder)
+    loss = (embed(ids) * scale).sum() + embed(ids[:2]).pow(2).sum() + weight.sum()
+    (first,) = torch.autograd.grad(loss, weight, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, weight)
+
+    plain = nn.functional.embedding
+    expected = torch.autograd.grad(
+        (plain(ids, weight) * scale).sum() + plain(ids[:2], weight).pow(2).sum() + weight.sum(), weight
+    )
+    torch.testing.assert_close(first, expected[0])
+    torch.testing.assert_close(again, expected[0])
+
+
+def test_a_frozen_table_gets_no_gradient():
+    encoder = load_encoder(tiny_encoder("roberta"), 0.0, 0.0)
+    encoder.get_input_embeddings().requires_grad_(False)
+    assert not token_lookup(encoder)(torch.tensor([5, 6])).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_its_share_and_keeps_the_mean(dtype):
+    dropout = Dropout(0.1)
+    values = torch.ones(400_001, dtype=dtype, requires_grad=True)
+    dropped = dropout(values)
+    zeros = (dropped == 0).float()
+    # five standard deviations of a mean of 100,000 draws of 0.1: each of the four parts of a random number alone
+    for part in range(4):
+        assert abs(zeros[part::4].mean() - 0.1) < 5 * (0.1 * 0.9 / 100_000) ** 0.5
+    assert abs((zeros[:-1] * zeros[1:]).mean() - 0.01) < 5 * (0.01 * 0.99 / 400_000) ** 0.5
+    torch.testing.assert_close(dropped[dropped != 0].float().mean(), torch.tensor(1 / 0.9), rtol=4e-3, atol=0)
+    dropped.sum().backward()
+    assert torch.equal(values.grad == 0, dropped == 0)
+
+
+def test_dropout_follows_the_seed_and_rests_in_evaluation():
+    dropout, values = Dropout(0.5), torch.randn(3, 5, 7)
+    torch.manual_seed(7)
+    first = dropout(values)
+    torch.manual_seed(7)
+    assert torch.equal(dropout(values), first)
+    assert torch.equal(dropout.eval()(values), values)
+
+
+def test_a_loaded_encoder_has_our_dropout_and_the_weights_names_of_transformers():
+    config = tiny_encoder("bert")
+    encoder = load_encoder(config, 0.2, 0.0)
+    dropouts = [module for module in encoder.modules() if isinstance(module, nn.Dropout)]
+    assert len(dropouts) > 4
+    assert all(type(module) is Dropout for module in dropouts)
+    assert {module.p for module in dropouts} == {0.2, 0.0}
+    assert encoder.state_dict().keys() == AutoModel.from_config(config, add_pooling_layer=False).state_dict().keys()
+
+
+@pytest.mark.parametrize("kind", ["roberta", "bert"])
+@pytest.mark.parametrize("memory_level", [0, 1, 2])
+@pytest.mark.parametrize("options", [{}, {"position_encoding": "rope"}, {"carry": "residual", "num_repeats": 2}])
+def test_bf16_is_close_to_the_slow_twin_in_fp32(kind, memory_level, options):
+    model = build(kind, memory_level=memory_level, **options)
+    batch = documents([[16, 16, 9], [16, 16, 16], [5]])
+    expected = twin_logits(model, **batch)
+    nn.functional.cross_entropy(expected, torch.tensor([0, 1, 2])).backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(**batch).logits
+    nn.functional.cross_entropy(logits.float(), torch.tensor([0, 1, 2])).backward()
+    assert relative(logits, expected) < 2e-2
+    assert relative(gradients(model), wanted) < 2e-2
+
+
+def test_bf16_attention_drops_weights_where_asked():
+    model = build(dropout=0.0, attention_dropout=0.5)
+    batch = documents([[16, 16]])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.eval()
+        assert torch.equal(model(**batch).logits, model(**batch).logits)
+        model.train()
+        assert not torch.equal(model(**batch).logits, model(**batch).logits)
+
+
+def test_int8_is_near_fp32():
+    model = build()
+    batch = documents([[16, 16, 9]])
+    with torch.inference_mode():
+        expected = model(**batch).hidden_states
+        quantize_int8(model)
+        states = model(**batch).hidden_states
+    assert not torch.equal(states.window_states, expected.window_states)
+    assert relative(states.window_states, expected.window_states) < 3e-2
+    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    assert "window_gate" in linear
+    assert not [name for name in linear if name.startswith("encoder.")]
