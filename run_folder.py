@@ -28,6 +28,7 @@ SETTINGS_FILE = "settings.json"
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "scikit-learn", "numpy")
 FREE_TO_CHANGE = {
     *("mode", "output_dir", "log_level", "log_steps", "device", "gpu_memory_fraction", "num_workers", "report_to"),
+    *("max_memory", "int8"),
     *("test_path", "cache_dir", "memory_level", "gradient_checkpointing", "resume", "save_total_limit"),
     *("save_predictions", "max_window_failures", "early_stopping_patience"),
 }

@@ -29,6 +29,7 @@ from data_utils.augmentation import Masking
 from data_utils.dataset import LongTextDataset, dataset_options, load_tokenizer
 from data_utils.readers import expand_paths
 from engine import Data, EngineCallback, MetricsCallback, Objective, ReBertaTrainer
+from memory_plan import plan_memory
 from models.checkpoint import is_checkpoint, load_checkpoint_tokenizer
 from models.registry import build_model
 from run_folder import RunFolder, open_run_folder
@@ -78,6 +79,8 @@ def fit(settings: Settings, *, epochs: int | None = None, steps: int | None = No
     data = load_data(settings, run)
     model = build_model(settings, data.train.label_names, data.tokenizer)
     trainer = build_trainer(settings, data, run, model, device, resume_from, epochs=epochs, steps=steps)
+    if settings.max_memory is not None:
+        plan_memory(trainer)
     run_training(trainer, resume_from)
     logger.info("best %s: %.4f", settings.metric_for_best, trainer.state.best_metric)
     logger.info("run folder: %s", run.folder)

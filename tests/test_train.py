@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import set_seed
 
 from config import parse_settings
@@ -303,6 +304,27 @@ def test_bf16(run):
     assert {value.dtype for value in weights(half.best_model).values()} == {torch.float32}
 
 
+class CountCasts(TorchDispatchMode):
+    """Counts the casts to bf16 of tensors of one shape."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        options = options or {}
+        if function is torch.ops.aten._to_copy.default and options.get("dtype") is torch.bfloat16:
+            self.count += tuple(arguments[0].shape) == self.shape
+        return function(*arguments, **options)
+
+
+@pytest.mark.parametrize("level", ["0", "1", "2"])
+def test_weights_are_cast_once_a_step_however_often_a_window_is_computed(run, level):
+    with CountCasts((64, 32)) as casts:  # what one feed-forward weight of each of the two layers has
+        run(f"--mixed_precision --memory_level {level} --total_steps 3 --eval_every 3")
+    assert casts.count == 2 * 3  # three steps; the evaluation casts them in inference mode, unseen here
+
+
 def test_multi_label(run, tmp_path):
     for name, seed in (("train", 0), ("val", 1)):
         path = write_corpus(tmp_path / f"{name}.jsonl", 24, seed)
@@ -319,7 +341,7 @@ def test_multi_label(run, tmp_path):
     assert all(0 < threshold < 1 for threshold in model.config.thresholds)
 
 
-def _with_a_poisoned_word(encoder_folder: Path, target: Path, value: float) -> Path:
+def with_a_poisoned_word(encoder_folder: Path, target: Path, value: float) -> Path:
     shutil.copytree(encoder_folder, target)
     state = load_file(target / "model.safetensors")
     state["embeddings.word_embeddings.weight"][50] = value
@@ -328,7 +350,7 @@ def _with_a_poisoned_word(encoder_folder: Path, target: Path, value: float) -> P
 
 
 def test_a_loss_that_is_not_finite_raises_before_the_update(run, encoder_folder, tmp_path):
-    encoder = _with_a_poisoned_word(encoder_folder, tmp_path / "poisoned", math.nan)
+    encoder = with_a_poisoned_word(encoder_folder, tmp_path / "poisoned", math.nan)
     lines = [json.loads(line) for line in Path("train.jsonl").read_text().splitlines()]
     for line in lines:
         line["text"] = line["text"].replace("w50", "w51")
@@ -341,7 +363,7 @@ def test_a_loss_that_is_not_finite_raises_before_the_update(run, encoder_folder,
 
 
 def test_too_many_failed_windows_end_the_run_and_a_few_are_named(run, encoder_folder, tmp_path):
-    encoder = _with_a_poisoned_word(encoder_folder, tmp_path / "poisoned", math.inf)
+    encoder = with_a_poisoned_word(encoder_folder, tmp_path / "poisoned", math.inf)
     for name in ("train", "val"):
         Path(f"{name}.jsonl").write_text(Path(f"{name}.jsonl").read_text().replace("w50", "w51"))
     lines = [json.loads(line) for line in Path("train.jsonl").read_text().splitlines()]
