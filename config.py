@@ -41,12 +41,14 @@ class Options(BaseModel):
 class RunOptions(Options):
     """run"""
 
-    mode: Literal["train", "train_steps", "evaluate", "train_and_evaluate", "analyze"] = Field(
-        "train", description="train by epochs, train by steps, evaluate a checkpoint, both, or look at a corpus"
+    mode: Literal["train", "train_steps", "evaluate", "train_and_evaluate", "analyze", "export"] = Field(
+        "train",
+        description="train by epochs, train by steps, evaluate a checkpoint, both, look at a corpus, "
+        "or export a checkpoint to ONNX",
     )
     seed: int = Field(42, ge=0, lt=2**32, description="seed of weights, order, dropout, masking and sampling")
     output_dir: str | None = Field(
-        None, description="folder of the run, the report or the analysis (made up under logs/ if absent)"
+        None, description="folder of the run, the report, the analysis or the export (made up under logs/ if absent)"
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field(
         "INFO", description="DEBUG also shows the traceback of an expected error"
@@ -54,6 +56,12 @@ class RunOptions(Options):
     log_steps: int = Field(10, ge=1, description="optimizer steps between two lines of the training log")
     device: Literal["cuda", "cpu"] | None = Field(None, description="where to compute (a GPU if there is one)")
     gpu_memory_fraction: float | None = Field(None, gt=0, le=1, description="share of the GPU's memory to use at most")
+    max_memory: str | None = Field(
+        None,
+        pattern=r"^(auto|\d+(\.\d+)?[KMG]i?B)$",
+        description="memory that training may use, e.g. 12GB, 800MiB or auto (what is free): it is measured what fits, "
+        "and memory level and documents at a time are chosen to suit (no planning if absent)",
+    )
     num_workers: int = Field(0, ge=0, description="processes that load data beside the main one")
     report_to: Literal["none", "tensorboard", "wandb"] = Field("none", description="where else to log to")
 
@@ -87,7 +95,7 @@ class ModelOptions(Options):
     model_path: str | None = Field(
         None,
         description="training: an encoder (name or folder) or a checkpoint to start from, roberta-base if absent; "
-        "evaluation: the checkpoint, a .pt file or a folder",
+        "evaluation and export: the checkpoint, a .pt file or a folder",
     )
     model_type: Literal["reberta"] = Field("reberta", description="the kind of model")
     window_size: int = Field(256, ge=4, description="tokens a window, [CLS] and [SEP] included")
@@ -170,6 +178,9 @@ class PrecisionOptions(Options):
 
     mixed_precision: bool = Field(False, description="compute in 16 bits where that is safe")
     mixed_precision_type: Literal["fp16", "bf16"] = Field("bf16", description="which 16 bits")
+    int8: bool = Field(
+        False, description="evaluate with the encoder's linear layers in 8 bits (dynamic quantisation, CPU only)"
+    )
 
 
 class AugmentationOptions(Options):
@@ -282,6 +293,10 @@ def _contradictions(settings: Settings) -> list[str]:
             "--mode evaluate needs --model_path: the checkpoint to evaluate, a .pt file or a folder",
         ),
         (settings.mode == "evaluate" and settings.test_path is None, "--mode evaluate needs --test_path: the test set"),
+        (
+            settings.mode == "export" and settings.model_path is None,
+            "--mode export needs --model_path: the checkpoint to export, a .pt file or a folder",
+        ),
         (settings.mode == "train_steps" and settings.total_steps is None, "--mode train_steps needs --total_steps"),
         (settings.mode == "train_steps" and "epochs" in said, "--epochs does not go with --mode train_steps"),
         (
@@ -308,6 +323,12 @@ def _contradictions(settings: Settings) -> list[str]:
             "mixed_precision_type" in said and not settings.mixed_precision,
             "--mixed_precision_type needs --mixed_precision",
         ),
+        (
+            settings.int8 and settings.mode != "evaluate",
+            f"--int8 belongs to --mode evaluate, not {settings.mode}: 8 bits are for inference",
+        ),
+        (settings.int8 and settings.mixed_precision, "--int8 and --mixed_precision are two precisions; give one"),
+        (settings.int8 and settings.device == "cuda", "--int8 does not go with --device cuda"),
         (
             "alpha" in said and settings.carry != "residual",
             "--alpha belongs to --carry residual; with gated the memory takes its place",

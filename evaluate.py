@@ -17,8 +17,10 @@ from config import Settings
 from data_utils.dataset import LongTextDataset, dataset_options, evaluation_loader
 from evaluation_utils import evaluate_model
 from models.checkpoint import Checkpoint, load_checkpoint_tokenizer, load_model_and_config
+from models.quantization import quantize_int8
 from models.registry import READING
 from utils import (
+    ConfigError,
     DataError,
     ModelError,
     error_handler,
@@ -53,22 +55,27 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     dataset = load_test_set(settings, checkpoint, tokenizer, folder)
     loader = evaluation_loader(
         dataset,
-        settings.batch_size,
+        1 if settings.int8 else settings.batch_size,  # in 8 bits, batch mates would share their scale
         max_windows_per_batch=settings.max_windows_per_batch,
         num_workers=settings.num_workers,
         pin_memory=device.type == "cuda",
     )
+    model = checkpoint.model.to(device)
+    if settings.int8:
+        if device.type != "cpu":
+            raise ConfigError("--int8 computes on a CPU only; give --device cpu with it")
+        quantize_int8(model)
     precision = mixed_precision_type(settings.mixed_precision_type, device) if settings.mixed_precision else "fp32"
     half = torch.float16 if precision == "fp16" else torch.bfloat16
     with torch.autocast(device.type, dtype=half, enabled=settings.mixed_precision):
         metrics = evaluate_model(
-            checkpoint.model.to(device),
+            model,
             loader,
             device,
             dataset.label_names,
             folder,
             problem_type=settings.problem_type,
-            thresholds=checkpoint.model.config.thresholds,
+            thresholds=model.config.thresholds,
             max_window_failures=settings.max_window_failures,
             predictions_path=folder / "predictions.csv" if settings.save_predictions else None,
         )

@@ -2,6 +2,7 @@
 
   python main.py --mode train --train_path data/train --val_path data/evaluation
   python main.py --mode evaluate --model_path models/saved/RUN/model.pt --test_path data/validation
+  python main.py --mode export --model_path models/saved/RUN/model.pt --output_dir models/saved/RUN-onnx
 
 Exit codes: 0 done; 1 unexpected; 2 options; 3 data; 4 model or checkpoint; 5 training; 6 memory or disk;
 130 Ctrl-C; 143 SIGTERM.
@@ -28,6 +29,10 @@ def dispatch(settings: Settings) -> None:
         from data_utils.analysis import analyze_corpus
 
         analyze_corpus(settings)
+    elif settings.mode == "export":
+        from models.export import export
+
+        export(settings)
     else:
         from train import train
         from train_by_steps import train_by_steps

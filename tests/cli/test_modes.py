@@ -64,6 +64,15 @@ def test_evaluate_the_file_and_the_folder(project, trained, command):
             assert abs(ours - json.loads((first / "metrics.json").read_text())[name]) < 1e-6
 
 
+def test_evaluate_in_int8(project, trained, command):
+    paths = f"--model_path {trained} --test_path data/validation --output_dir in8bits"
+    done = command(project, f"--mode evaluate {paths} --int8 --device cpu")
+    assert done.returncode == 0, done.stderr
+    loss = json.loads((project / "in8bits" / "metrics.json").read_text())["log_loss"]
+    first = json.loads((project / "logs" / "first" / "evaluation" / "metrics.json").read_text())["log_loss"]
+    assert 0 < abs(loss - first) < 0.1
+
+
 def test_evaluate_script(project, trained, command):
     flags = "--save_predictions --mixed_precision --device cpu"
     paths = f"--model_path {trained}/model.pt --test_path data/validation"

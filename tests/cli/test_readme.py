@@ -48,7 +48,7 @@ def folder(tmp_path_factory) -> Path:
 def test_the_readmes_show_the_same_commands_and_options():
     assert commands(README) == commands(CHINESE)
     assert blocks(README, "python") == blocks(CHINESE, "python")
-    assert len(commands(README)) == 10
+    assert len(commands(README)) == 11
     for text in (README, CHINESE):
         rows = [line for line in text.splitlines() if line.startswith("| `--")]
         table = {name for row in rows for name in re.findall(r"`--(\w+)`", row.split("|")[1])}
@@ -68,7 +68,7 @@ def test_every_command_runs_and_the_python_after_them(folder, command):
             done = command(folder, shlex.join(words[2:]) + extra, script=words[1])
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         ran += 1
-    assert ran == 10
+    assert ran == 11
     for name in ("first", "by-steps", "sotu"):
         assert (folder / "models" / "saved" / name / "model.pt").is_file()
     [block] = blocks(README, "python")

@@ -1,0 +1,201 @@
+"""A trained model as a folder of ONNX graphs that is served without torch: `python main.py --mode export`.
+
+- `encoder.onnx`: embedded tokens and their mask to the output at position 0; it reads the windows and, once more, their
+  states, so that the weights exist once
+- `enter.onnx` and `carry.onnx`, the recurrent cell: what was read enters a [CLS]; an output becomes a state and what is
+  carried on; `enter_again.onnx`, where a document is read more than once
+- `head.onnx`: the window states to the document's state and its logits
+- `embeddings.npy`, `tokenizer.json`, `config.json`, and `runner.py`, which puts them together (see `onnx_runner`)
+
+All maths of the graphs is the model's own. Each export is compared with the model before its folder appears.
+
+Shapes: B documents, N windows, L tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from transformers import PreTrainedTokenizerBase
+
+from config import Settings
+from models.aggregation import masked_max, masked_mean
+from models.checkpoint import load_checkpoint_tokenizer, load_model_and_config
+from models.encoder import cls_output, max_window_size
+from models.reberta import RecurrentRoBERTa
+from models.registry import READING
+from utils import ConfigError, ModelError, error_handler, logger, made_up_folder
+
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+TOLERANCE = 1e-3  # of logits; what is seen is 1e-6
+
+
+@error_handler(error_type=ModelError)
+def export(settings: Settings) -> Path:
+    """Write the checkpoint `--model_path` to `--output_dir`; flags such as `--max_windows` win over its way of reading.
+
+    Raises:
+        ConfigError: packages are missing, the folder is not empty, or the encoder cannot read that way.
+        ModelError: the checkpoint cannot be loaded, or its graphs do not compute what it does.
+    """
+    assert settings.model_path is not None
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"--mode export needs {', '.join(missing)}: run `pip install {' '.join(PACKAGES)}`")
+    folder = Path(settings.output_dir) if settings.output_dir else made_up_folder("export")
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"--output_dir {folder}: is not empty; give another folder")
+    model = load_model_and_config(settings.model_path).model
+    tokenizer = load_checkpoint_tokenizer(settings.model_path)
+    model.config.update({name: getattr(settings, name) for name in READING if name in settings.model_fields_set})
+    model.config.check(model.encoder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+        fresh = Path(scratch) / "new"
+        write_folder(model, tokenizer, fresh)
+        _compare(model, fresh)
+        os.replace(fresh, folder)
+    logger.info("exported to %s; serve it with `python %s FILE.txt`", folder, folder / "runner.py")
+    return folder
+
+
+def write_folder(model: RecurrentRoBERTa, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write all files of an export to `folder`, which must not exist."""
+    folder.mkdir()
+    _write_graphs(model, folder)
+    table = model.encoder.get_input_embeddings()
+    with torch.no_grad():
+        np.save(folder / "embeddings.npy", table(torch.arange(table.num_embeddings)).numpy())
+    config = model.config
+    fields = ("window_size", "window_overlap", "max_windows", "max_len", "num_repeats", "aggregation")
+    content = {
+        **{name: getattr(config, name) for name in (*fields, "problem_type", "thresholds")},
+        **{name: getattr(tokenizer, name) for name in ("cls_token_id", "sep_token_id", "pad_token_id")},
+        "positions": max_window_size(model.encoder),
+        "labels": [config.id2label[index] for index in range(config.num_labels)],
+    }
+    (folder / "config.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+    shutil.copyfile(Path(__file__).with_name("onnx_runner.py"), folder / "runner.py")
+
+
+def _write_graphs(model: RecurrentRoBERTa, folder: Path) -> None:
+    config, size = model.config, model.encoder.config.hidden_size
+    examples = {
+        "embeddings": torch.randn(2, 5, size),
+        "attention_mask": torch.ones(2, 5, dtype=torch.long),
+        "states": torch.randn(2, 5, size),
+        # one tensor for several of them would tie these inputs to each other
+        **{name: torch.randn(2, size) for name in ("cls", "output", "fused", "carried", "aggregate")},
+    }
+    aggregate = ["aggregate"] if config.aggregation == "encoder" else []
+    graphs: list[tuple[str, Callable[..., Any], list[str], list[str]]] = [
+        ("encoder", _encode, ["embeddings", "attention_mask"], ["output"]),
+        ("enter", _enter, ["cls", "carried"], ["fused"]),
+        ("carry", _carry, ["output", "fused", "carried"], ["state", "content", "carried_on"]),
+        ("head", _head, ["states", *aggregate], ["document", "logits"]),
+    ]
+    if config.num_repeats > 1:
+        graphs.append(("enter_again", _enter_again, ["cls", "carried"], ["fused"]))
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports each operator of torchvision as missing
+    for name, function, inputs, outputs in graphs:
+        values = tuple(examples[name] for name in inputs)
+        axes = tuple({axis: Dim.DYNAMIC for axis, n in enumerate(value.shape) if n != size} for value in values)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            torch.onnx.export(
+                _Graph(model, function).eval(),
+                values,
+                folder / f"{name}.onnx",
+                input_names=inputs,
+                output_names=outputs,
+                dynamic_shapes={"inputs": axes},
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+
+
+class _Graph(nn.Module):
+    """A function of the model and of tensors, in the form that is exported."""
+
+    def __init__(self, model: RecurrentRoBERTa, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.model = model
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(self.model, *inputs)
+
+
+def _encode(model: RecurrentRoBERTa, embeds_BLD: Tensor, mask_BL: Tensor) -> Tensor:
+    return cls_output(model.encoder, embeds_BLD, mask_BL)
+
+
+def _enter(model: RecurrentRoBERTa, cls_BD: Tensor, carried_BD: Tensor) -> Tensor:
+    return model._let_in(cls_BD, carried_BD, model.window_norm, model.window_gate)[0]
+
+
+def _enter_again(model: RecurrentRoBERTa, cls_BD: Tensor, document_BD: Tensor) -> Tensor:
+    return model._let_in(cls_BD, document_BD, model.global_norm, model.global_gate)[0]
+
+
+def _carry(
+    model: RecurrentRoBERTa, output_BD: Tensor, fused_BD: Tensor, carried_BD: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A window's state, what stands for it in the aggregation, and what is carried on."""
+    state_BD = output_BD
+    if model.config.carry == "residual":
+        state_BD = model.config.alpha * output_BD + (1 - model.config.alpha) * fused_BD
+    return state_BD, model.window_norm(state_BD), model._carry_on(carried_BD, state_BD)
+
+
+def _head(model: RecurrentRoBERTa, states_BND: Tensor, *aggregate: Tensor) -> tuple[Tensor, Tensor]:
+    """`aggregate` [B, D]: what the encoder makes of the sequence of states, where it is the encoder that aggregates."""
+    exists_BN = torch.ones(states_BND.shape[:2], dtype=torch.bool)
+    if model.config.aggregation == "max":
+        document_BD = masked_max(states_BND, exists_BN)
+    elif model.config.aggregation == "attention":
+        document_BD = model.aggregation(states_BND, exists_BN)
+    else:
+        document_BD = masked_mean(states_BND, exists_BN)
+    if model.config.aggregation == "encoder":
+        alpha: Any = model.aggregation.alpha
+        document_BD = alpha * aggregate[0] + (1 - alpha) * document_BD
+    return document_BD, model._head(document_BD)
+
+
+def _compare(model: RecurrentRoBERTa, folder: Path) -> None:
+    """Read one random document, whose last window is short, with the model and with its export."""
+    from models.onnx_runner import OnnxReBerta  # onnxruntime is optional
+
+    shape = (min(3, model.config.max_windows), model.config.window_size)
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(model.encoder.config.vocab_size, shape, generator=generator)
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[-1, 3:] = 0
+    with torch.inference_mode():
+        expected = model(input_ids[None], attention_mask[None]).logits[0]
+    got = OnnxReBerta(folder).logits(input_ids.numpy(), attention_mask.numpy())
+    difference = float(np.abs(got - expected.numpy()).max())
+    if not difference <= TOLERANCE:
+        raise ModelError(
+            f"the exported graphs do not compute what the model does: logits differ by {difference:.1e}; "
+            f"{type(model.encoder).__name__} cannot be exported"
+        )
+    logger.info(
+        "the export's logits differ from the model's by %.1e at most, on a document of random tokens", difference
+    )
