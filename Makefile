@@ -5,7 +5,7 @@ PYTHON3 ?= python3
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-BENCHMARKS ?= speed
+BENCHMARKS ?= speed memory data
 RUN := sotu-$(shell date +%Y%m%d-%H%M%S)
 
 .DEFAULT_GOAL := help
@@ -39,7 +39,7 @@ lint: venv  ## ruff (lint and format) and mypy
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
-bench: venv  ## the benchmarks; choose with BENCHMARKS="speed"
+bench: venv  ## the benchmarks; choose with BENCHMARKS="speed memory data"
 	$(foreach name,$(BENCHMARKS),$(PYTHON) -m benchmarks.$(name) &&) true
 
 clean:  ## remove .venv and caches; logs and models stay

@@ -1,114 +1,148 @@
-"""Tokens a second of ReBerta against independent windows through transformers, at the same encoder shape.
+"""Tokens a second of ReBerta and its peers at equal encoder shape: training steps and inference, in fp32 and bf16.
 
-    python -m benchmarks.speed [--layers 6 --width 384 --tokens 4096 --batch 2 --output FILE.json]
+    python -m benchmarks.speed [--layers 6 --width 384 --tokens 4096 16384 --batch 2 --output FILE.json]
 
-All figures are of one run on one machine, with random weights; compare ratios, not figures of different runs.
+- a cell is one model, precision, mode and length; a warm-up, then calls until --seconds are spent: the median counts.
+  A warm-up that takes longer than --seconds is the measurement ("cold")
+- a cell that fails is a row with its error
+- the work of a cell, in FLOPs of its matrix products, is counted while it runs; set against the speed of a plain matrix
+  product (the roofline, measured at the start and at the end) it says how much of the machine a model uses
+- figures are of one run on one machine, with random weights; compare ratios, not figures of different runs
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import functools
+import itertools
 import statistics
+import sys
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from tqdm import tqdm
-from transformers import AutoModel, RobertaConfig
 
-from models.reberta import RecurrentRoBERTa
+from benchmarks import common, peers
 
-WINDOW = 256
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MODES = ("training", "inference")
+ROOFLINE_SIZE = 2048
+ROOFLINE_REPEATS = 10
 
-
-class IndependentWindows(nn.Module):
-    """What a user would write: all windows as one batch through transformers, the mean of their [CLS], a classifier."""
-
-    def __init__(self, config: RobertaConfig) -> None:
-        super().__init__()
-        self.encoder = AutoModel.from_config(config, add_pooling_layer=False)
-        self.classifier = nn.Linear(config.hidden_size, 5)
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        windows = self.encoder(input_ids=input_ids.flatten(0, 1), attention_mask=attention_mask.flatten(0, 1))
-        states = windows.last_hidden_state[:, 0].unflatten(0, input_ids.shape[:2])
-        return self.classifier(states.mean(1))
+Sizes = Sequence[int]
 
 
-def seconds(work: Callable[[], object], repeats: int) -> float:
-    """Median of `repeats` timed calls, after one that is not counted."""
+def elapsed(work: Callable[[], object]) -> float:
+    """Seconds that one call takes."""
+    start = time.perf_counter()
     work()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return time.perf_counter() - start
 
 
-def measure(model: nn.Module, input_ids: Tensor, precision: str, repeats: int) -> dict[str, float]:
-    """Tokens a second of training steps (forward and backward) and of inference."""
-    mask = torch.ones_like(input_ids)
-
-    def forward() -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
-            output = model(input_ids=input_ids, attention_mask=mask)
-        return output if isinstance(output, Tensor) else output.logits
-
-    def train() -> None:
-        model.zero_grad()
-        forward().float().logsumexp(-1).sum().backward()
-
-    def infer() -> None:
-        with torch.inference_mode():
-            forward()
-
-    model.train()
-    training = input_ids.numel() / seconds(train, repeats)
-    model.eval()
-    return {"training": training, "inference": input_ids.numel() / seconds(infer, repeats)}
+def roofline() -> dict[str, float]:
+    """FLOPs a second of a product of two square matrices, by precision: the best of some."""
+    found = {}
+    for precision, dtype in PRECISIONS.items():
+        matrix = torch.randn(ROOFLINE_SIZE, ROOFLINE_SIZE).to(dtype)
+        multiply = functools.partial(torch.matmul, matrix, matrix)
+        found[precision] = 2 * ROOFLINE_SIZE**3 / min(elapsed(multiply) for _ in range(ROOFLINE_REPEATS))
+    return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _sdpa_flops(query: Sizes, key: Sizes, value: Sizes, *_: object, **__: object) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _sdpa_backward_flops(gradient: Sizes, query: Sizes, key: Sizes, value: Sizes, *_: object, **__: object) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+def flop_counter() -> FlopCounterMode:
+    """Counts the FLOPs of matrix products while it is open, those of attention on a CPU too, which torch leaves out."""
+    attention = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward_flops,
+    }
+    return FlopCounterMode(display=False, custom_mapping=attention)
+
+
+def call(model: nn.Module, input_ids: Tensor, mode: str, precision: str) -> None:
+    model.zero_grad()
+    peers.step(model, input_ids, mode, precision)
+
+
+def measure(cell: dict[str, Any], shape: peers.Shape, batch: int, seconds: float) -> dict[str, Any]:
+    """Median seconds of a call, how many calls that is of, and the FLOPs of one."""
+    model = peers.build(cell["model"], shape, cell["tokens"])
+    input_ids = peers.documents(batch, cell["tokens"])
+    work = functools.partial(call, model, input_ids, cell["mode"], cell["precision"])
+    original = peers.original(cell["model"])
+    counted = model if original == cell["model"] else peers.build(original, shape, cell["tokens"])
+    with flop_counter() as counter:
+        warm_up = elapsed(functools.partial(call, counted, input_ids, cell["mode"], cell["precision"]))
+    if counted is not model:
+        work()  # compiles, or whatever a variant does at its first call
+    times = [warm_up] if counted is model and warm_up > seconds else []
+    cold = bool(times)
+    while not times or sum(times) < seconds:
+        times.append(elapsed(work))
+    median = statistics.median(times)
+    return {
+        "seconds": median,
+        "calls": len(times),
+        "cold": cold,
+        "flops": counter.get_total_flops(),
+        "tokens_per_second": input_ids.numel() / median,
+    }
+
+
+def attempt(cell: dict[str, Any], shape: peers.Shape, batch: int, seconds: float) -> dict[str, Any]:
+    """The cell with its figures, or with the error that it ended with: a limit of the model, or memory."""
+    try:
+        return {**cell, **measure(cell, shape, batch, seconds)}
+    except Exception as error:
+        return {**cell, "error": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = common.parser(__doc__)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=384)
-    parser.add_argument("--tokens", type=int, default=4096, help="tokens a document (default 4096)")
-    parser.add_argument("--batch", type=int, default=2, help="documents (default 2)")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="also write the figures to this JSON file")
-    options = parser.parse_args()
-    config = RobertaConfig(
-        vocab_size=30522,
-        hidden_size=options.width,
-        num_hidden_layers=options.layers,
-        num_attention_heads=options.width // 32,
-        intermediate_size=4 * options.width,
-        max_position_embeddings=514,
-        attention_probs_dropout_prob=0.0,
+    parser.add_argument(
+        "--tokens", type=common.full_windows, nargs="+", default=[4096], help="tokens a document (default 4096)"
     )
-    windows = options.tokens // WINDOW
-    input_ids = torch.randint(5, config.vocab_size, (options.batch, windows, WINDOW))
-    models: dict[str, nn.Module] = {
-        "ReBerta": RecurrentRoBERTa(num_classes=5, encoder=config, max_windows=windows, memory_level=0),
-        "independent windows": IndependentWindows(config),
-    }
-    cases = [(name, precision) for precision in ("fp32", "bf16") for name in models]
-    rows = [
-        {"model": name, "precision": precision, **measure(models[name], input_ids, precision, options.repeats)}
-        for name, precision in tqdm(cases, disable=None)
+    parser.add_argument("--batch", type=int, default=2, help="documents (default 2)")
+    parser.add_argument(
+        "--models", nargs="+", choices=peers.PEERS, default=list(peers.PEERS), help="default: all of them"
+    )
+    parser.add_argument("--variants", nargs="*", choices=peers.VARIANTS, default=[], help="also measure these")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
+    parser.add_argument("--seconds", type=float, default=20, help="time for the calls of a cell (default 20)")
+    options = parser.parse_args(argv)
+
+    figures = {name: getattr(options, name) for name in ("layers", "width", "batch", "seconds")}
+    results = common.Results("speed", figures, options.output)
+    cells = [
+        {"tokens": tokens, "precision": precision, "mode": mode, "model": model}
+        for tokens, precision, mode, model in itertools.product(
+            options.tokens, options.precisions, MODES, [*options.models, *options.variants]
+        )
+        if model != "ReBerta, int8" or (precision, mode) == ("fp32", "inference")
     ]
-    print(f"tokens a second on {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}")
-    print(f"{'model':<22}{'precision':<11}{'training':>10}{'inference':>11}")
-    for row in rows:
-        print(f"{row['model']:<22}{row['precision']:<11}{row['training']:>10,.0f}{row['inference']:>11,.0f}")
-    if options.output:
-        report = {"options": {**vars(options), "output": str(options.output)}, "torch": torch.__version__, "rows": rows}
-        options.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    pending = results.pending(cells)
+    if pending:
+        session = results.start_session(argv, roofline_at_start=roofline())
+        shape = peers.Shape(options.layers, options.width)
+        for cell in (bar := tqdm(pending, disable=None)):
+            bar.set_description(" ".join(map(str, cell.values())))
+            results.add(attempt(cell, shape, options.batch, options.seconds))
+        session["roofline_at_end"] = roofline()
+        results.save()
+    results.show()
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])
