@@ -156,7 +156,7 @@ def _read_jsonl(file: Path, columns: Columns) -> Iterator[_Row]:
 def _parse_json(raw: bytes) -> dict[str, Any]:
     text = _decode(raw)
     try:
-        value = json.loads(text, object_pairs_hook=_distinct_keys)
+        value = _JSON.decode(text)
     except json.JSONDecodeError as error:
         cut_off = "" if raw.endswith(b"\n") else "; the file ends in this line: it may be cut off"
         raise DataFormatError(f"malformed JSON ({error.msg} at column {error.colno}){cut_off}") from None
@@ -173,6 +173,9 @@ def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
         raise DataFormatError(f"duplicate key {next(key for key in keys if keys.count(key) > 1)!r}")
     return cells
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_distinct_keys)  # `json.loads` would make one for every line
 
 
 def _decode(raw: bytes) -> str:

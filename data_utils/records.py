@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from typing import Any, Literal, NamedTuple
@@ -165,18 +164,18 @@ class _IdSet:
     """Which ids were seen: 8 bytes each, sorted; the newest wait in a small set."""
 
     def __init__(self) -> None:
-        self._sorted = np.empty(0, dtype=np.uint64)
+        self._sorted = np.empty(0, dtype=np.int64)
         self._newest: set[int] = set()
 
     def add(self, identity: str) -> bool:
         """Whether `identity` is new."""
-        key = int.from_bytes(hashlib.blake2b(identity.encode("utf-8"), digest_size=8).digest(), "big")
-        place = int(np.searchsorted(self._sorted, np.uint64(key)))
+        key = hash(identity)
+        place = int(self._sorted.searchsorted(np.int64(key)))
         if key in self._newest or (place < len(self._sorted) and int(self._sorted[place]) == key):
             return False
         self._newest.add(key)
         if len(self._newest) >= _ID_BUFFER:
-            newest = np.fromiter(self._newest, dtype=np.uint64, count=len(self._newest))
+            newest = np.fromiter(self._newest, dtype=np.int64, count=len(self._newest))
             self._sorted = np.sort(np.concatenate([self._sorted, newest]), kind="stable")
             self._newest.clear()
         return True

@@ -2,8 +2,9 @@
 
 - `load_tokenizer`: a fast tokenizer by name or folder, with the special tokens that windows need
 - special tokens written out in a text are plain text
-- texts are encoded in batches bounded by characters; a very long text goes through in pieces, cut where the tokenizer
-  splits in any case, so that neither memory nor time per character grows with its length
+- texts are encoded in batches bounded by characters, the next one while this one is used; a very long text goes
+  through in pieces, cut where the tokenizer splits in any case, so that neither memory nor time per character grows
+  with its length
 - where words are wanted (whole-word masking): the tokenizer's own, and jieba's in Chinese
 """
 
@@ -13,6 +14,8 @@ import functools
 import json
 import re
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -66,15 +69,13 @@ def tokenize(
     splits = _splits_at_whitespace(tokenizer)
     ids: list[np.ndarray] = []
     word_starts: list[np.ndarray] = []
-    for batch in _batches(_pieces(documents, splits)):
-        encodings = _encode(tokenizer, [piece for _, piece, _ in batch], words)
-        for (key, piece, is_last), encoding in zip(batch, encodings, strict=True):
-            ids.append(np.array(encoding.ids, dtype=np.int32))
-            if words:
-                word_starts.append(_word_starts(piece, encoding))
-            if is_last:
-                yield key, Tokens(_joined(ids), _joined(word_starts) if words else None)
-                ids, word_starts = [], []
+    for (key, piece, is_last), encoding in _encoded(tokenizer, _batches(_pieces(documents, splits)), words):
+        ids.append(np.array(encoding.ids, dtype=np.int32))
+        if words:
+            word_starts.append(_word_starts(piece, encoding))
+        if is_last:
+            yield key, Tokens(_joined(ids), _joined(word_starts) if words else None)
+            ids, word_starts = [], []
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
@@ -101,6 +102,16 @@ def _batches(pieces: Iterator[tuple[T, str, bool]]) -> Iterator[list[tuple[T, st
             batch, characters = [], 0
     if batch:
         yield batch
+
+
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, batches: Iterator[list[tuple[T, str, bool]]], words: bool
+) -> Iterator[tuple[tuple[T, str, bool], Any]]:
+    """Each piece with its encoding. A thread encodes one batch ahead: the tokenizer holds no lock on Python."""
+    with ThreadPoolExecutor(1) as pool:
+        jobs = ((batch, pool.submit(_encode, tokenizer, [piece for _, piece, _ in batch], words)) for batch in batches)
+        for (batch, job), _ in pairwise(chain[Any](jobs, [None])):
+            yield from zip(batch, job.result(), strict=True)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], words: bool) -> list[Any]:

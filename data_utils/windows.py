@@ -3,8 +3,9 @@
 - a window is [CLS] + at most W-2 content tokens + [SEP], padded on the right
 - neighbours share `overlap` content tokens; no window holds only what the one before already held
 - the mask follows from lengths, never from comparing with the pad id
+- one document as padded windows, or many at once as the flat windows that are stored
 
-N windows, W tokens a window, T content tokens.
+N windows, W tokens a window, T content tokens, D documents.
 """
 
 from __future__ import annotations
@@ -77,3 +78,24 @@ def cut_windows(
     input_ids_NW[np.arange(len(content_N)), content_N + 1] = sep_id
     attention_mask_NW = (np.arange(window_size) < content_N[:, None] + SPECIALS).astype(np.int32)
     return input_ids_NW, attention_mask_NW
+
+
+def flat_windows(
+    ids_T: np.ndarray, lengths_D: np.ndarray, window_size: int, cls_id: int, sep_id: int, overlap: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """The windows of D documents one after the other, without padding: int32, and the slots of each document, [D].
+
+    `ids_T` holds the content tokens of all documents in a row, `lengths_D` how many are whose.
+    """
+    content = window_size - SPECIALS
+    step = content - overlap
+    windows_D = 1 + np.maximum(0, -(-(lengths_D - content) // step))
+    places_N = np.arange(windows_D.sum()) - np.repeat(np.cumsum(windows_D) - windows_D, windows_D)
+    sizes_N = np.minimum(np.repeat(lengths_D, windows_D) - places_N * step, content) + SPECIALS
+    ends_N = np.cumsum(sizes_N)
+    starts_N = np.repeat(np.cumsum(lengths_D) - lengths_D, windows_D) + places_N * step
+    sources = np.arange(ends_N[-1]) + np.repeat(starts_N - 1 - (ends_N - sizes_N), sizes_N)
+    flat = np.append(ids_T, np.int32(sep_id))[sources]  # beside its content a window still has its neighbours' tokens
+    flat[ends_N - sizes_N] = cls_id
+    flat[ends_N - 1] = sep_id
+    return flat, lengths_D + (windows_D - 1) * overlap + windows_D * SPECIALS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -9,13 +10,15 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 
-from data_utils import cache
+from data_utils import cache, tokenization
 from data_utils.augmentation import Masking
 from data_utils.cache import DOCUMENTS, MANIFEST, QUARANTINE
 from data_utils.dataset import LongTextDataset, load_tokenizer
+from data_utils.windows import cut_windows
 from tests.data_utils.conftest import write_jsonl
 from utils import DataLoadError, ResourceError
 
@@ -46,6 +49,45 @@ def test_a_second_start_reads_no_text(make, corpus, builds):
     for index in (0, 39):
         assert torch.equal(first[index]["input_ids"], second[index]["input_ids"])
     assert second.window_counts.tolist() == first.window_counts.tolist()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_windows": None},
+        {"max_windows": 3, "window_overlap": 4},
+        {"max_len": 50, "augmentation": Masking(0.1, None, True, 4)},
+    ],
+)
+def test_the_file_holds_what_each_document_gives_by_itself(make, corpus, tmp_path, monkeypatch, options):
+    monkeypatch.setattr(tokenization, "BATCH_CHARACTERS", 3_000)
+    monkeypatch.setattr(cache, "_FLUSH_TOKENS", 1_000)
+    documents = make(corpus, **options)
+    preparation = documents.preparation
+    with pa.memory_map(str(tmp_path / "cache" / preparation.key() / DOCUMENTS)) as file:
+        table = pa.ipc.open_stream(file).read_all()
+    assert table.schema == cache.SCHEMA
+    assert table["windows"].num_chunks > 5
+    special = [getattr(documents.tokenizer, f"{name}_token_id") for name in ("cls", "sep", "pad")]
+    expected = []
+    for number, line in enumerate(corpus.read_text(encoding="utf-8").splitlines(), 1):
+        row = json.loads(line)
+        _, tokens = next(tokenization.tokenize(documents.tokenizer, [(0, row["text"])], preparation.words))
+        read = tokens.ids[: preparation.token_limit]
+        ids, mask = cut_windows(read, 16, *special, preparation.window_overlap)
+        expected.append(
+            {
+                "windows": ids[mask.astype(bool)].tolist(),
+                "tokens": len(tokens.ids),
+                "tokens_read": len(read),
+                "labels": [row["label"]],
+                "id": row["id"],
+                "source": f"{corpus}:{number}",
+                "word_starts": tokens.word_starts[: len(read)].tolist() if preparation.words else None,
+            }
+        )
+    assert table.to_pylist() == expected
+    assert any(row["tokens_read"] < row["tokens"] for row in expected) == (options != {"max_windows": None})
 
 
 def test_what_is_applied_on_load_does_not_prepare_again(make, corpus, builds):
@@ -100,15 +142,18 @@ def test_a_changed_file_makes_it_stale(make, corpus, builds):
 
 def test_a_failed_build_leaves_nothing(make, corpus, tmp_path, monkeypatch, builds):
     def fail(*_, **__):
+        assert gc.get_freeze_count() > 0
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "cut_windows", fail)
+        patch.setattr(cache, "flat_windows", fail)
         with pytest.raises(KeyboardInterrupt):
             make(corpus)
+    assert gc.get_freeze_count() == 0
     assert [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()] == []
     assert len(make(corpus)) == 40
     assert len(builds) == 2
+    assert gc.get_freeze_count() == 0
 
 
 def test_what_a_killed_build_left_is_removed(make, corpus, tmp_path):
@@ -137,13 +182,13 @@ def test_a_damaged_cache_is_built_again(make, corpus, tmp_path, builds, name, da
 
 
 def test_a_file_that_changes_while_it_is_read(make, corpus, monkeypatch, tmp_path):
-    cut = cache.cut_windows
+    cut = cache.flat_windows
 
     def touch(*arguments, **options):
         os.utime(corpus, ns=(1, 1))
         return cut(*arguments, **options)
 
-    monkeypatch.setattr(cache, "cut_windows", touch)
+    monkeypatch.setattr(cache, "flat_windows", touch)
     with pytest.raises(DataLoadError, match="was changed while it was read"):
         make(corpus)
     assert [entry for entry in (tmp_path / "cache").iterdir() if entry.is_dir()] == []

@@ -71,6 +71,14 @@ def test_a_long_text_goes_through_in_pieces_unchanged(tokenizer, monkeypatch):
         assert tokens.word_starts.tolist() == twin.word_starts.tolist()
 
 
+def test_no_more_than_one_batch_is_read_ahead(bert, monkeypatch):
+    monkeypatch.setattr(tokenization, "BATCH_CHARACTERS", 30)  # ten texts
+    taken = []
+    documents = ((number, "war") for number in range(100) if not taken.append(number))
+    ahead = [len(taken) - 1 - key for key, _ in tokenize(bert, documents)]
+    assert ahead == [19 - number % 10 for number in range(90)] + [9 - number for number in range(10)]
+
+
 def test_a_tokenizer_that_does_not_split_at_spaces_reads_texts_whole(roberta):
     assert tokenization._splits_at_whitespace(roberta)
     roberta.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(use_regex=False)

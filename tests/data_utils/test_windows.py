@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from data_utils.tokenization import tokenize
-from data_utils.windows import capacity, check_window_options, content_positions, cut_windows, window_count
+from data_utils.windows import (
+    capacity,
+    check_window_options,
+    content_positions,
+    cut_windows,
+    flat_windows,
+    window_count,
+)
 from tests.data_utils.conftest import SAMPLE, random_text
 from utils import ConfigError
 
@@ -52,6 +59,17 @@ def test_joined_windows_are_the_document_for_every_length(overlap):
         assert (input_ids[attention_mask == 0] == PAD).all()
         positions = content_positions(length, 8, overlap)
         assert (input_ids[positions >= 0] == tokens[positions[positions >= 0]]).all()
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 3, 5])
+def test_flat_windows_are_those_of_each_document_by_itself(overlap):
+    for lengths in (range(60), [59, 0, 6, 7], [0, 0], [12]):
+        documents = [1000 * number + np.arange(length, dtype=np.int32) for number, length in enumerate(lengths, 1)]
+        flat, slots = flat_windows(np.concatenate(documents), np.array(lengths), 8, CLS, SEP, overlap)
+        alone = [cut_windows(tokens, 8, CLS, SEP, PAD, overlap) for tokens in documents]
+        assert flat.dtype == np.int32
+        assert flat.tolist() == np.concatenate([ids[mask.astype(bool)] for ids, mask in alone]).tolist()
+        assert slots.tolist() == [int(mask.sum()) for _, mask in alone]
 
 
 @pytest.mark.parametrize("overlap", [0, 2, 9])
