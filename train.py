@@ -158,10 +158,9 @@ def build_trainer(
             "the learning rate would never reach its peak"
         )
     logger.info(
-        "%d optimizer steps of up to %d documents; %.1f%% of the windows of a batch are padding",
+        "%d optimizer steps of up to %d documents",
         budget,
         settings.batch_size * settings.gradient_accumulation_steps * trainer.args.world_size,
-        100 * trainer.train_sampler.padding_waste(),
     )
     return trainer
 

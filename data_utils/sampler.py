@@ -79,12 +79,6 @@ class LongTextBatchSampler(Sampler[list[int]]):
         for batch in self._planned(self.epoch)[self.rank]:
             yield batch.tolist()
 
-    def padding_waste(self) -> float:
-        """The share of the windows in this epoch's batches, of all processes, that are nothing but padding."""
-        batches = [batch for replica in self._planned(self.epoch) for batch in replica]
-        computed = sum(self._windows(batch) for batch in batches)
-        return 1 - int(self.window_counts.sum()) / computed
-
     def _planned(self, epoch: int) -> list[list[np.ndarray]]:
         """The batches of each process in `epoch`."""
         if self._plan is None or self._plan[0] != epoch:
