@@ -241,25 +241,36 @@ def render(contents: Mapping[str, Content]) -> str:
             if name != benchmark:
                 parts += [f"### {name}", *_note(name)]
             parts.append(section(contents[name]))
-            if _has_figure(contents[name]):
-                parts.append(f"![{title}: {name}]({name}.png)")
+        drawn = figures({name: contents[name] for name in names})
+        parts += [f"![{title} by document length: {name}]({name}.png)" for name in drawn]
     if not contents:
         parts.append("There are no results in benchmarks/results yet.")
     return "\n\n".join(parts) + "\n"
 
 
-def _has_figure(content: Content) -> bool:
-    """A curve needs two lengths."""
-    measured = [row for row in content["rows"] if "error" not in row]
-    return content.get("benchmark") in FIGURES and len(unique(measured, "tokens")) > 1
+def figures(contents: Mapping[str, Content]) -> dict[str, Content]:
+    """What is drawn, by the figure's name: the rows of all files of a benchmark that are of one encoder's shape.
+
+    A curve needs two lengths.
+    """
+    merged: dict[str, Content] = {}
+    for content in contents.values():
+        if content.get("benchmark") in FIGURES:
+            name = "{}-{layers}x{width}".format(content["benchmark"], **content["options"])
+            before = merged.get(name, {"rows": []})
+            merged[name] = {"benchmark": content["benchmark"], "rows": [*before["rows"], *content["rows"]]}
+    return {
+        name: content
+        for name, content in merged.items()
+        if len(unique((row for row in content["rows"] if "error" not in row), "tokens")) > 1
+    }
 
 
 def main() -> None:
     contents = {path.stem: _read(path) for path in sorted(RESULTS.glob("*.json"))}
-    for name, content in contents.items():
-        if _has_figure(content):
-            with mpl.rc_context(STYLE), atomic_path(PAGE.parent / f"{name}.png") as temporary:
-                FIGURES[content["benchmark"]](content).savefig(temporary, dpi=DPI)
+    for name, content in figures(contents).items():
+        with mpl.rc_context(STYLE), atomic_path(PAGE.parent / f"{name}.png") as temporary:
+            FIGURES[content["benchmark"]](content).savefig(temporary, dpi=DPI)
     write_text(PAGE, render(contents))
 
 

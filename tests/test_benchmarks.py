@@ -70,8 +70,8 @@ def test_speed_measures_every_model_once_and_the_page_shows_it(tmp_path, page, c
     assert text.count(f"{content['rows'][0]['tokens_per_second']:,.0f} |") >= 1
     assert content["machine"]["cpu"] in text
     assert f"`python -m benchmarks.speed {' '.join(arguments)}`" in text
-    assert "![Speed: speed-tiny](speed-tiny.png)" in text
-    assert (page.parent / "speed-tiny.png").read_bytes().startswith(b"\x89PNG")
+    assert "](speed-1x32.png)" in text
+    assert (page.parent / "speed-1x32.png").read_bytes().startswith(b"\x89PNG")
     assert report.section(added) in capsys.readouterr().out
 
 
@@ -211,7 +211,7 @@ def test_memory_measures_every_model_once_and_keeps_errors(tmp_path, page):
     text = page.read_text(encoding="utf-8")
     assert f"| Longformer | training | {rows[6]['extra_mb']} |  |  |" in text
     assert failed["error"] in text
-    assert (page.parent / "memory.png").exists()
+    assert (page.parent / "memory-1x32.png").exists()
 
 
 def test_a_memory_cell_prints_its_figures(monkeypatch, capsys):
