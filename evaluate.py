@@ -43,6 +43,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     folder = Path(settings.output_dir) if settings.output_dir else made_up_folder("evaluate")
     setup_logging(settings.log_level, folder / "evaluation.log")
     device = get_device(settings.device)
+    if settings.int8 and device.type != "cpu":
+        raise ConfigError("--int8 computes on a CPU only; give --device cpu with it")
     checkpoint, tokenizer = load_model(settings.model_path)
     learned = {
         name: checkpoint.settings[name]
@@ -62,8 +64,6 @@ def evaluate(settings: Settings) -> dict[str, Any]:
     )
     model = checkpoint.model.to(device)
     if settings.int8:
-        if device.type != "cpu":
-            raise ConfigError("--int8 computes on a CPU only; give --device cpu with it")
         quantize_int8(model)
     precision = mixed_precision_type(settings.mixed_precision_type, device) if settings.mixed_precision else "fp32"
     half = torch.float16 if precision == "fp16" else torch.bfloat16

@@ -84,7 +84,7 @@ def measure(cell: dict[str, Any], shape: peers.Shape, batch: int, seconds: float
     with flop_counter() as counter:
         warm_up = elapsed(functools.partial(call, counted, input_ids, cell["mode"], cell["precision"]))
     if counted is not model:
-        work()  # compiles, or whatever a variant does at its first call
+        work()  # whatever a variant does at its first call only
     times = [warm_up] if counted is model and warm_up > seconds else []
     cold = bool(times)
     while not times or sum(times) < seconds:

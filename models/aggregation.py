@@ -69,4 +69,8 @@ class EncoderAggregation(nn.Module):
         sequence = torch.cat([cls_D.expand(batch, 1, size), content], dim=1)
         mask = torch.arange(windows + 2, device=exists_BN.device) < (count_B + 2).unsqueeze(1)
         mean_BD = masked_mean(states_BND, slots < count_B.unsqueeze(1))
-        return self.alpha * encode(sequence, mask.long()) + (1 - self.alpha) * mean_BD
+        return self.join(encode(sequence, mask.long()), mean_BD)
+
+    def join(self, output_BD: Tensor, mean_BD: Tensor) -> Tensor:
+        """The document state of the encoder's output g and the mean of the window states, all [B, D]."""
+        return self.alpha * output_BD + (1 - self.alpha) * mean_BD

@@ -157,9 +157,7 @@ def _carry(
     model: RecurrentRoBERTa, output_BD: Tensor, fused_BD: Tensor, carried_BD: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A window's state, what stands for it in the aggregation, and what is carried on."""
-    state_BD = output_BD
-    if model.config.carry == "residual":
-        state_BD = model.config.alpha * output_BD + (1 - model.config.alpha) * fused_BD
+    state_BD = model._blend(output_BD, fused_BD)
     return state_BD, model.window_norm(state_BD), model._carry_on(carried_BD, state_BD)
 
 
@@ -173,8 +171,8 @@ def _head(model: RecurrentRoBERTa, states_BND: Tensor, *aggregate: Tensor) -> tu
     else:
         document_BD = masked_mean(states_BND, exists_BN)
     if model.config.aggregation == "encoder":
-        alpha: Any = model.aggregation.alpha
-        document_BD = alpha * aggregate[0] + (1 - alpha) * document_BD
+        aggregation: Any = model.aggregation
+        document_BD = aggregation.join(aggregate[0], document_BD)
     return document_BD, model._head(document_BD)
 
 

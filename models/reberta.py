@@ -299,8 +299,8 @@ class RecurrentRoBERTa(PreTrainedModel):
             entered = i > 0 or document_BD is not None
             embeds_bWD = torch.cat([fused_bD.to(embeds_bWD.dtype).unsqueeze(1), embeds_bWD[:, 1:]], dim=1)
             state_bD = cls_output(self.encoder, embeds_bWD, mask_bW, recompute_layers=recompute_layers).float()
-            if entered and self.config.carry == "residual":
-                state_bD = self.config.alpha * state_bD + (1 - self.config.alpha) * fused_bD
+            if entered:
+                state_bD = self._blend(state_bD, fused_bD)
             finite_b = state_bD.isfinite().all(-1) & ~batch.skip[:b, i]
             fallback_bD = previous[:b] if previous is not None else torch.zeros_like(state_bD)
             state_bD = torch.where(finite_b.unsqueeze(-1), state_bD, fallback_bD)
@@ -317,6 +317,12 @@ class RecurrentRoBERTa(PreTrainedModel):
             injected_bD = norm(carried_bD)
             z_bD = torch.sigmoid(gate(torch.cat([cls_bD, injected_bD], dim=-1)))
             return (1 - z_bD) * cls_bD + z_bD * injected_bD, z_bD.mean(-1)
+
+    def _blend(self, output_bD: Tensor, fused_bD: Tensor) -> Tensor:
+        """residual: s(i) = alpha h + (1 - alpha) fused. gated: s(i) = h, since the memory is the residual."""
+        if self.config.carry == "gated":
+            return output_bD
+        return self.config.alpha * output_bD + (1 - self.config.alpha) * fused_bD
 
     def _carry_on(self, carried_bD: Tensor | None, state_bD: Tensor) -> Tensor:
         """residual: s(i). gated: m(i) = k m(i-1) + (1 - k) s(i), k = sigmoid(carry_gate([s(i) ; m(i-1)]))."""

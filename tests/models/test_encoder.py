@@ -9,27 +9,16 @@ from models.encoder import Dropout, load_encoder, token_lookup
 from models.quantization import quantize_int8
 from models.reberta import RecurrentRoBERTa
 from tests.conftest import tiny_encoder
+from tests.models.conftest import build, documents
 from tests.models.twin import twin_logits
 
 
-def documents(lengths: list[list[int]], width: int = 16) -> dict[str, torch.Tensor]:
-    """A batch of documents, each a list of window lengths."""
-    shape = len(lengths), max(map(len, lengths)), width
-    input_ids = torch.randint(5, 120, shape, generator=torch.Generator().manual_seed(1))
-    mask = torch.zeros(shape, dtype=torch.long)
-    for row, windows in enumerate(lengths):
-        for i, length in enumerate(windows):
-            mask[row, i, :length] = 1
-    return {"input_ids": input_ids * mask, "attention_mask": mask}
+def batch_of(lengths: list[list[int]]) -> dict[str, torch.Tensor]:
+    return dict(zip(("input_ids", "attention_mask"), documents(lengths, window_size=16), strict=True))
 
 
-def build(kind: str = "roberta", initializer_range: float = 0.1, **options) -> RecurrentRoBERTa:
-    encoder = tiny_encoder(kind, initializer_range=initializer_range)
-    model = RecurrentRoBERTa(
-        num_classes=3, encoder=encoder, cls_token_id=2, window_size=16, max_windows=8, **options
-    ).eval()
-    nn.init.normal_(model.classifier.weight)
-    return model
+def model_of(kind: str = "roberta", **options) -> RecurrentRoBERTa:
+    return build(tiny_encoder(kind, initializer_range=0.1), window_size=16, **options)
 
 
 def relative(values: torch.Tensor, expected: torch.Tensor) -> float:
@@ -103,8 +92,8 @@ def test_a_loaded_encoder_has_our_dropout_and_the_weights_names_of_transformers(
 @pytest.mark.parametrize("memory_level", [0, 1, 2])
 @pytest.mark.parametrize("options", [{}, {"position_encoding": "rope"}, {"carry": "residual", "num_repeats": 2}])
 def test_bf16_is_close_to_the_slow_twin_in_fp32(kind, memory_level, options):
-    model = build(kind, memory_level=memory_level, **options)
-    batch = documents([[16, 16, 9], [16, 16, 16], [5]])
+    model = model_of(kind, memory_level=memory_level, **options)
+    batch = batch_of([[16, 16, 9], [16, 16, 16], [5]])
     expected = twin_logits(model, **batch)
     nn.functional.cross_entropy(expected, torch.tensor([0, 1, 2])).backward()
     wanted = gradients(model)
@@ -117,8 +106,8 @@ def test_bf16_is_close_to_the_slow_twin_in_fp32(kind, memory_level, options):
 
 
 def test_bf16_attention_drops_weights_where_asked():
-    model = build(dropout=0.0, attention_dropout=0.5)
-    batch = documents([[16, 16]])
+    model = model_of(attention_dropout=0.5)
+    batch = batch_of([[16, 16]])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model.eval()
         assert torch.equal(model(**batch).logits, model(**batch).logits)
@@ -127,8 +116,8 @@ def test_bf16_attention_drops_weights_where_asked():
 
 
 def test_int8_is_near_fp32():
-    model = build()
-    batch = documents([[16, 16, 9]])
+    model = model_of()
+    batch = batch_of([[16, 16, 9]])
     with torch.inference_mode():
         expected = model(**batch).hidden_states
         quantize_int8(model)
