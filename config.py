@@ -3,7 +3,7 @@
 - `Settings`: one flat, frozen object, made of one group of options after another
 - `parse_settings`: from the command line and `--config FILE.yaml|json`; flags win; all faults are reported at once
 
-pydantic does types, ranges and choices; what depends on two options stands in `_contradictions`.
+pydantic does types, ranges and choices; what depends on two options stands in `contradictions`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import reprlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -19,6 +20,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
+from contradictions import contradictions
 from utils import ConfigError
 
 DEFAULT_ENCODER = "roberta-base"
@@ -41,9 +43,9 @@ class Options(BaseModel):
 class RunOptions(Options):
     """run"""
 
-    mode: Literal["train", "train_steps", "evaluate", "train_and_evaluate", "analyze", "export"] = Field(
+    mode: Literal["train", "train_steps", "evaluate", "train_and_evaluate", "predict", "analyze", "export"] = Field(
         "train",
-        description="train by epochs, train by steps, evaluate a checkpoint, both, look at a corpus, "
+        description="train by epochs, train by steps, evaluate a checkpoint, both, predict a corpus, look at one, "
         "or export a checkpoint to ONNX",
     )
     seed: int = Field(42, ge=0, lt=2**32, description="seed of weights, order, dropout, masking and sampling")
@@ -62,7 +64,7 @@ class RunOptions(Options):
         description="memory that training may use, e.g. 12GB, 800MiB or auto (what is free): it is measured what fits, "
         "and memory level and documents at a time are chosen to suit (no planning if absent)",
     )
-    num_workers: int = Field(0, ge=0, description="processes that load data beside the main one")
+    num_workers: int = Field(0, ge=0, description="processes that load data beside the main one (predict has a thread)")
     report_to: Literal["none", "tensorboard", "wandb"] = Field("none", description="where else to log to")
 
 
@@ -73,6 +75,12 @@ class DataOptions(Options):
     val_path: Paths = Field(("data/evaluation",), description="validation files or folders")
     test_path: Paths | None = Field(
         None, description="test files or folders (train_and_evaluate: data/validation if absent)"
+    )
+    input_path: Paths | None = Field(None, description="mode predict: files or folders, labels not needed")
+    shard: str | None = Field(
+        None,
+        pattern=r"^[1-9][0-9]{0,8}/[1-9][0-9]{0,8}$",
+        description="mode predict: do the I-th of N shares only, e.g. 1/4 (torchrun shares out by itself)",
     )
     sample_data: int | None = Field(None, ge=1, description="take so many documents of each set, stratified by label")
     batch_size: int = Field(8, ge=1, description="documents a batch and process")
@@ -95,7 +103,7 @@ class ModelOptions(Options):
     model_path: str | None = Field(
         None,
         description="training: an encoder (name or folder) or a checkpoint to start from, roberta-base if absent; "
-        "evaluation and export: the checkpoint, a .pt file or a folder",
+        "evaluation, prediction and export: the checkpoint, a .pt file or a folder",
     )
     model_type: Literal["reberta"] = Field("reberta", description="the kind of model")
     window_size: int = Field(256, ge=4, description="tokens a window, [CLS] and [SEP] included")
@@ -179,7 +187,8 @@ class PrecisionOptions(Options):
     mixed_precision: bool = Field(False, description="compute in 16 bits where that is safe")
     mixed_precision_type: Literal["fp16", "bf16"] = Field("bf16", description="which 16 bits")
     int8: bool = Field(
-        False, description="evaluate with the encoder's linear layers in 8 bits (dynamic quantisation, CPU only)"
+        False,
+        description="evaluate or predict with the encoder's linear layers in 8 bits (dynamic quantisation, CPU only)",
     )
 
 
@@ -196,6 +205,7 @@ class OutputOptions(Options):
     """output"""
 
     save_predictions: bool = Field(False, description="write predictions.csv beside the report")
+    output_path: str | None = Field(None, description="mode predict: the file to write, .csv or .jsonl")
 
 
 GROUPS: tuple[type[Options], ...] = (
@@ -251,14 +261,16 @@ def _validate(values: dict[str, Any], faults: list[str]) -> Settings:
         wrong = {str(fault["loc"][0]) for fault in error.errors()}
         faults += [_say(fault["loc"], fault["msg"], fault["input"]) for fault in error.errors()]
         settings = Settings(**{name: value for name, value in values.items() if name not in wrong})
-    faults += _contradictions(settings)
+    faults += contradictions(settings)
     if faults:
         raise ConfigError("wrong options:\n" + "\n".join(f"  {fault}" for fault in dict.fromkeys(faults)))
     return settings
 
 
 def _say(location: tuple[int | str, ...], message: str, value: Any) -> str:
-    return f"--{location[0]} {value}: {message[0].lower()}{message[1:]}"
+    # aliases of YAML can nest without end
+    shown = reprlib.repr(value)[:100] if isinstance(value, (list, dict)) else value
+    return f"--{location[0]} {shown}: {message[0].lower()}{message[1:]}"
 
 
 def _unknown(word: str) -> str:
@@ -275,82 +287,13 @@ def _read_config_file(path: Path) -> dict[str, Any]:
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read: {error.strerror}") from error
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"--config {path}: is no valid {path.suffix[1:]}: {error}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: must hold one mapping of option to value")
     return {str(key): value for key, value in values.items()}
-
-
-def _contradictions(settings: Settings) -> list[str]:
-    """Options that do not go together. Those left at their defaults never contradict."""
-    said = settings.model_fields_set
-    rules = [
-        (
-            settings.mode == "evaluate" and settings.model_path is None,
-            "--mode evaluate needs --model_path: the checkpoint to evaluate, a .pt file or a folder",
-        ),
-        (settings.mode == "evaluate" and settings.test_path is None, "--mode evaluate needs --test_path: the test set"),
-        (
-            settings.mode == "export" and settings.model_path is None,
-            "--mode export needs --model_path: the checkpoint to export, a .pt file or a folder",
-        ),
-        (settings.mode == "train_steps" and settings.total_steps is None, "--mode train_steps needs --total_steps"),
-        (settings.mode == "train_steps" and "epochs" in said, "--epochs does not go with --mode train_steps"),
-        (
-            settings.mode == "train" and settings.total_steps is not None,
-            "--total_steps does not go with --mode train; use --mode train_steps",
-        ),
-        (
-            settings.mode == "train_and_evaluate" and settings.total_steps is not None and "epochs" in said,
-            "--epochs and --total_steps are two budgets; give one",
-        ),
-        (
-            settings.total_steps is not None and (settings.num_warmup_steps or 0) > settings.total_steps,
-            "--num_warmup_steps is more than --total_steps: the learning rate would never reach its peak",
-        ),
-        (
-            settings.scheduler_type == "constant" and bool(settings.num_warmup_steps),
-            "--scheduler_type constant has no warm-up; use constant_with_warmup, or leave --num_warmup_steps out",
-        ),
-        (
-            settings.gradient_checkpointing and settings.memory_level in ("0", "1"),
-            "--gradient_checkpointing is --memory_level 2 and does not go with another level",
-        ),
-        (
-            "mixed_precision_type" in said and not settings.mixed_precision,
-            "--mixed_precision_type needs --mixed_precision",
-        ),
-        (
-            settings.int8 and settings.mode != "evaluate",
-            f"--int8 belongs to --mode evaluate, not {settings.mode}: 8 bits are for inference",
-        ),
-        (settings.int8 and settings.mixed_precision, "--int8 and --mixed_precision are two precisions; give one"),
-        (settings.int8 and settings.device == "cuda", "--int8 does not go with --device cuda"),
-        (
-            "alpha" in said and settings.carry != "residual",
-            "--alpha belongs to --carry residual; with gated the memory takes its place",
-        ),
-        (
-            settings.global_alpha is not None and settings.aggregation != "encoder",
-            f"--global_alpha belongs to --aggregation encoder, not {settings.aggregation}",
-        ),
-        (
-            settings.window_overlap >= settings.window_size - 2,
-            "--window_overlap must be less than --window_size minus its [CLS] and [SEP]",
-        ),
-        (
-            settings.gpu_memory_fraction is not None and settings.device == "cpu",
-            "--gpu_memory_fraction does not go with --device cpu",
-        ),
-    ]
-    rules += [
-        (name in said and not settings.use_augmentation, f"--{name} needs --use_augmentation")
-        for name in ("random_mask_prob", "max_mask_tokens", "whole_word_mask")
-    ]
-    return [message for broken, message in rules if broken]
 
 
 def _parser(description: str | None) -> argparse.ArgumentParser:

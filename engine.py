@@ -6,6 +6,8 @@
 - a moving average of the weights (`--ema_decay`) is what is evaluated and saved
 - the best model goes to `models/saved/<run>/`, everything else to the run folder
 - SIGTERM and Ctrl-C save the step that is at work
+- a checkpoint is written beside its place and moved there whole, with a manifest (see `run_checkpoints`)
+- several processes agree, step by step, on what is wrong and on whether to stop
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,19 +26,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from config import Settings
 from data_utils.dataset import LongTextBatchSampler, LongTextDataset, collate, evaluation_loader
 from evaluation_utils import classification_metrics, predict, probabilities, tune_thresholds
 from models.checkpoint import save_checkpoint
 from piecewise import PiecewiseTrainer
+from processes import StopSignals, gather, said_once
+from run_checkpoints import STATE_FILE, keep, seal
 from run_folder import RunFolder
-from utils import (
-    StopSignals,
-    TrainingError,
-    logger,
-)
+from utils import TrainingError, logger, write_text
 from visualization_utils import save_run_curves
 
 EMA_FILE = "ema.safetensors"
@@ -47,6 +48,8 @@ class Data(NamedTuple):
     train: LongTextDataset
     validation: LongTextDataset
     tokenizer: PreTrainedTokenizerBase
+    training_texts: np.ndarray
+    """Hashes of all texts that the model will have been trained on, int64."""
 
 
 class Objective:
@@ -80,7 +83,7 @@ class Objective:
 
 
 class Watch:
-    """Looks at each update before it is made: every logit finite, few enough failed windows.
+    """Looks at each update before it is made: every logit finite, few enough failed windows, in all processes.
 
     One look at the host per update. `budget` is the number of windows of an epoch that may fail.
     """
@@ -100,22 +103,25 @@ class Watch:
         self._seen = []
 
     def check(self, step: int) -> None:
-        """Raises TrainingError, naming the step and the documents."""
+        """Raises TrainingError, naming the step and the documents of all processes."""
         seen, self._seen = self._seen, []
         bad = [self.ids[i] for index_B, finite_B, _ in seen for i in index_B[~finite_B].tolist()]
-        failures = [(int(index_B[row]), window) for index_B, _, f in seen for row, window in f.nonzero().tolist()]
+        failures = [
+            (self.ids[int(index_B[row])], window) for index_B, _, f in seen for row, window in f.nonzero().tolist()
+        ]
+        bad, failures = (list(chain(*lists)) for lists in zip(*gather((bad, failures)), strict=True))
         for document, window in failures:
-            logger.warning("step %d: %s, window %d: its state is not finite", step, self.ids[document], window)
+            logger.warning("step %d: %s, window %d: its state is not finite", step, document, window)
         self.failed_windows += len(failures)
         if bad:
-            raise TrainingError(
+            message = (
                 f"step {step}: the loss is not finite, so the update was not made; documents: {', '.join(bad)}. "
                 "Try a lower --learning_rate, --mixed_precision_type bf16 or full precision"
             )
+            raise said_once(TrainingError(message))
         if self.failed_windows > self.budget:
-            raise TrainingError(
-                f"step {step}: {self.failed_windows} windows of this epoch failed, over --max_window_failures of them"
-            )
+            message = f"step {step}: {self.failed_windows} windows of this epoch failed, over --max_window_failures"
+            raise said_once(TrainingError(f"{message} of them"))
 
 
 class ReBertaTrainer(PiecewiseTrainer):
@@ -196,6 +202,8 @@ class ReBertaTrainer(PiecewiseTrainer):
             eval_dataset or self.data.validation,
             self.settings.batch_size,
             max_windows_per_batch=self.settings.max_windows_per_batch,
+            num_replicas=self.args.world_size,
+            rank=self.args.process_index,
         )
 
     def training_step(self, *arguments: Any) -> Tensor:
@@ -223,9 +231,8 @@ class ReBertaTrainer(PiecewiseTrainer):
         unreadable = ~np.isfinite(prediction.logits).all(-1)
         if unreadable.any():
             names = ", ".join(dataset.ids[i] for i in np.flatnonzero(unreadable)[:20])
-            raise TrainingError(
-                f"step {self.state.global_step}: validation gives logits that are not finite; documents: {names}"
-            )
+            message = f"step {self.state.global_step}: validation gives logits that are not finite; documents: {names}"
+            raise said_once(TrainingError(message))
         assert prediction.labels is not None
         scores = probabilities(prediction.logits, self.settings.problem_type)
         if self.settings.problem_type == "multi_label":
@@ -245,13 +252,47 @@ class ReBertaTrainer(PiecewiseTrainer):
         is_best = super()._determine_best_metric(metrics, trial)
         if is_best and self.args.should_save:
             model: Any = self.evaluated_model
-            save_checkpoint(model, self.data.tokenizer, self.settings.model_dump(mode="json"), self.run.best_model)
+            settings = self.settings.model_dump(mode="json")
+            save_checkpoint(model, self.data.tokenizer, settings, self.run.best_model, self.data.training_texts)
         return is_best
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.run.staging)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """All that a resumed run needs, staged by Trainer and by every process, then sealed by process 0."""
+        super()._save_checkpoint(model, trial)
+        name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and self.ema is not None:
+            save_file(self.ema.state_dict(), self.run.staging / name / EMA_FILE)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            seal(self.run.staging / name, self.run.folder / name)
+            self.run.staging.rmdir()
+            keep(self.run.folder, self.settings.save_total_limit, self.state.best_global_step)
+            self.run.report(checkpoint=name)
+        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Weights and configuration only: the pickled TrainingArguments that Trainer adds are of no use here."""
         if self.args.should_save:
             self.model.save_pretrained(output_dir, state_dict=state_dict)
+
+    def should_stop(self) -> bool:
+        """Whether a signal reached one of the processes. All must ask at the same time."""
+        self.signals.received = max(gather(self.signals.received or 0)) or None
+        return self.signals.received is not None
+
+    def is_at_end(self, checkpoint: str) -> bool:
+        """Whether the run of `checkpoint` is over, by its steps or by early stopping; its state is then this one's."""
+        state = TrainerState.load_from_json(str(Path(checkpoint) / STATE_FILE))
+        patience = self.settings.early_stopping_patience
+        waiting = state.stateful_callbacks.get("EarlyStoppingCallback")
+        waited = waiting["attributes"]["early_stopping_patience_counter"] if waiting else 0
+        if state.global_step < state.max_steps and (patience is None or waited < patience):
+            return False
+        self.state = state
+        return True
 
 
 class EngineCallback(TrainerCallback):
@@ -280,18 +321,25 @@ class EngineCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.trainer.ema is not None:
             self.trainer.ema.update_parameters(self.trainer.model)
-        if self.trainer.signals.received:
-            control.should_save = control.should_training_stop = True
+        if self.trainer.should_stop():
+            control.should_training_stop = True
+            control.should_save |= not self._evaluation_follows(args, state)
+        control.should_log |= control.should_save
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= self.trainer.should_stop()
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.signals.received:  # it is saved, and an evaluation here is none that the whole run would have
-            control.should_save = control.should_evaluate = False
+        if self.trainer.signals.received and not self._evaluation_follows(args, state):
+            control.should_save = control.should_evaluate = False  # saved, and the whole run has no evaluation here
+        control.should_log |= control.should_save
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.ema is not None and args.should_save:
-            save_file(
-                self.trainer.ema.state_dict(), Path(args.output_dir) / f"checkpoint-{state.global_step}" / EMA_FILE
-            )
+    @staticmethod
+    def _evaluation_follows(args: Any, state: Any) -> bool:
+        """Whether this step ends an epoch, or the run, and the evaluation and the checkpoint of the epoch come next."""
+        return args.eval_strategy == "epoch" and (
+            state.epoch == int(state.epoch) or state.global_step >= state.max_steps
+        )
 
 
 class MetricsCallback(TrainerCallback):
@@ -303,7 +351,7 @@ class MetricsCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             lines = [json.dumps(row) for row in state.log_history]
-            self.run.metrics.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            write_text(self.run.metrics, "".join(f"{line}\n" for line in lines))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
@@ -314,6 +362,8 @@ class MetricsCallback(TrainerCallback):
         shown = {name: value for name, value in row.items() if name not in ("step", "epoch", "total_flos")}
         values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         logger.info("step %d/%d, epoch %.2f: %s", row["step"], state.max_steps, row.get("epoch", 0), values)
+        progress = {"step": row["step"], "max_steps": state.max_steps, "epoch": row.get("epoch", 0)}
+        self.run.report(**progress, best_metric=state.best_metric, best_step=state.best_global_step)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:

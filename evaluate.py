@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 from config import Settings
 from data_utils.dataset import LongTextDataset, dataset_options, evaluation_loader
+from data_utils.overlap import warn_of_overlap
 from evaluation_utils import evaluate_model
-from models.checkpoint import Checkpoint, load_checkpoint_tokenizer, load_model_and_config
+from models.checkpoint import Checkpoint, load_checkpoint_tokenizer, load_model_and_config, load_training_texts
 from models.quantization import quantize_int8
+from models.reberta import RecurrentRoBERTa
 from models.registry import READING
+from processes import join_processes
 from utils import (
     ConfigError,
     DataError,
     ModelError,
     error_handler,
     get_device,
+    is_main_process,
     logger,
     made_up_folder,
     mixed_precision_type,
@@ -33,16 +38,81 @@ from utils import (
 )
 
 
+@error_handler()
 def evaluate(settings: Settings) -> dict[str, Any]:
     """Report how well the checkpoint does; its labels and its way of reading rule, flags win over the latter.
 
     Raises:
         ConfigError, DataError, ModelError, TrainingError: as the stage that fails says it.
     """
-    assert settings.model_path is not None
     folder = Path(settings.output_dir) if settings.output_dir else made_up_folder("evaluate")
     setup_logging(settings.log_level, folder / "evaluation.log")
-    device = get_device(settings.device)
+    device = join_processes(get_device(settings.device))
+    processes = PartialState()
+    with processes.main_process_first():  # it prepares the data, and what is wrong is said once
+        reader = load_reader(settings, device)
+        dataset = load_test_set(reader, folder)
+    settings = reader.settings
+    loader = evaluation_loader(
+        dataset,
+        settings.batch_size,
+        max_windows_per_batch=settings.max_windows_per_batch,
+        num_replicas=processes.num_processes,
+        rank=processes.process_index,
+        num_workers=settings.num_workers,
+        pin_memory=reader.device.type == "cuda",
+    )
+    assert settings.model_path is not None
+    training_texts = load_training_texts(settings.model_path)
+    overlap = None if training_texts is None else warn_of_overlap(dataset, "test", training_texts)
+    with reader.autocast():
+        metrics = evaluate_model(
+            reader.model,
+            loader,
+            reader.device,
+            dataset.label_names,
+            folder,
+            problem_type=settings.problem_type,
+            thresholds=reader.model.config.thresholds,
+            max_window_failures=settings.max_window_failures,
+            predictions_path=folder / "predictions.csv" if settings.save_predictions else None,
+            overlap_with_training=overlap,
+        )
+    if is_main_process():
+        scores = metrics["accuracy"], metrics["f1_macro"], len(dataset)
+        logger.info("accuracy %.4f, macro F1 %.4f on %d documents", *scores)
+        logger.info("report: %s", folder)
+    return metrics
+
+
+class Reader(NamedTuple):
+    """A checkpoint that is ready to read documents."""
+
+    model: RecurrentRoBERTa
+    """On `device`, in 8 bits with `--int8`."""
+    tokenizer: PreTrainedTokenizerBase
+    label_names: list[str]
+    settings: Settings
+    """With the checkpoint's labels and, where no flag says otherwise, its way of reading."""
+    device: torch.device
+    precision: str
+    """`fp32`, `bf16`, `fp16` or `int8`."""
+
+    def autocast(self) -> torch.autocast:
+        """The context to compute in."""
+        half = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=half, enabled=self.settings.mixed_precision)
+
+
+@error_handler(error_type=ModelError)
+def load_reader(settings: Settings, device: torch.device) -> Reader:
+    """The checkpoint of `--model_path` as the settings want it computed.
+
+    Raises:
+        ConfigError: 8 bits on a GPU, or windows that its encoder cannot read.
+        ModelError: it cannot be loaded.
+    """
+    assert settings.model_path is not None
     if settings.int8 and device.type != "cpu":
         raise ConfigError("--int8 computes on a CPU only; give --device cpu with it")
     checkpoint, tokenizer = load_model(settings.model_path)
@@ -51,37 +121,21 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         for name in (*READING, "text_column", "label_column")
         if name not in settings.model_fields_set
     }
-    settings = settings.model_copy(update={**learned, "problem_type": checkpoint.settings["problem_type"]})
-    checkpoint.model.config.update({name: getattr(settings, name) for name in READING})
-    checkpoint.model.config.check(checkpoint.model.encoder)
-    dataset = load_test_set(settings, checkpoint, tokenizer, folder)
-    loader = evaluation_loader(
-        dataset,
-        1 if settings.int8 else settings.batch_size,  # in 8 bits, batch mates would share their scale
-        max_windows_per_batch=settings.max_windows_per_batch,
-        num_workers=settings.num_workers,
-        pin_memory=device.type == "cuda",
-    )
-    model = checkpoint.model.to(device)
+    learned["problem_type"] = checkpoint.settings["problem_type"]
+    learned = Settings(**learned).model_dump(include=set(learned))  # anyone may have written them
     if settings.int8:
-        quantize_int8(model)
+        learned["batch_size"] = 1  # in 8 bits, batch mates would share their scale
+    settings = settings.model_copy(update=learned)
+    model = checkpoint.model
+    model.config.update({name: getattr(settings, name) for name in READING})
+    model.config.check(model.encoder)
+    model = model.to(device)
     precision = mixed_precision_type(settings.mixed_precision_type, device) if settings.mixed_precision else "fp32"
-    half = torch.float16 if precision == "fp16" else torch.bfloat16
-    with torch.autocast(device.type, dtype=half, enabled=settings.mixed_precision):
-        metrics = evaluate_model(
-            model,
-            loader,
-            device,
-            dataset.label_names,
-            folder,
-            problem_type=settings.problem_type,
-            thresholds=model.config.thresholds,
-            max_window_failures=settings.max_window_failures,
-            predictions_path=folder / "predictions.csv" if settings.save_predictions else None,
-        )
-    logger.info("accuracy %.4f, macro F1 %.4f on %d documents", metrics["accuracy"], metrics["f1_macro"], len(dataset))
-    logger.info("report: %s", folder)
-    return metrics
+    if settings.int8:
+        model, precision = quantize_int8(model), "int8"
+    id2label = checkpoint.label_maps["id2label"]
+    label_names = [id2label[index] for index in range(len(id2label))]
+    return Reader(model, tokenizer, label_names, settings, device, precision)
 
 
 @error_handler(error_type=ModelError)
@@ -92,17 +146,14 @@ def load_model(path: str) -> tuple[Checkpoint, PreTrainedTokenizerBase]:
 
 
 @error_handler(error_type=DataError)
-def load_test_set(
-    settings: Settings, checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase, folder: Path
-) -> LongTextDataset:
+def load_test_set(reader: Reader, folder: Path) -> LongTextDataset:
     """The test set, with the checkpoint's labels."""
-    assert settings.test_path is not None
-    id2label = checkpoint.label_maps["id2label"]
+    assert reader.settings.test_path is not None
     return LongTextDataset(
-        settings.test_path,
-        label_names=[id2label[index] for index in range(len(id2label))],
-        quarantine_path=folder / "quarantine_test.jsonl",
-        **dataset_options(settings, tokenizer),
+        reader.settings.test_path,
+        label_names=reader.label_names,
+        quarantine_path=folder / "quarantine_test.jsonl" if is_main_process() else None,
+        **dataset_options(reader.settings, reader.tokenizer),
     )
 
 

@@ -1,7 +1,8 @@
 """Predictions of a model, what they are worth, and the report on them.
 
 - `predict`: logits of a data set in its own order, whatever the order of the batches, and the windows that failed
-- `probabilities`, `predicted_labels`, `tune_thresholds`: from logits to labels, one or several a document
+- `probabilities`, `predicted_labels`, `confidences`, `tune_thresholds`: from logits to one or several labels
+- `check_documents`, `check_share`: windows that failed, and when that ends the run
 - `classification_metrics`, `metrics_by_length`: scikit-learn's measures by class, averaged and by document length;
   log loss and calibration error
 - `evaluate_model`: all of it, written to a folder as text, JSON, figures and, where asked, `predictions.csv`
@@ -13,6 +14,7 @@ import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +25,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from utils import DataError, ModelError, TrainingError, atomic_path, error_handler, logger, write_text
+from data_utils.predictions import harmless, label_cell
+from processes import gather
+from utils import DataError, ModelError, TrainingError, atomic_path, error_handler, is_main_process, logger, write_text
 from visualization_utils import display_width, save_class_metrics, save_confusion_matrix, shorten
 
 LENGTH_EDGES = (512, 1024, 2048, 4096, 8192, 16384)
 CALIBRATION_BINS = 15
 MOST_NAMES = 20  # failures that are named; all are counted
 MEASURES = ("precision", "recall", "f1")
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run such a cell (OWASP, CSV injection)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ def predict(model: nn.Module, data_loader: DataLoader, device: torch.device | st
 
     Batches may come in any order if they carry `index`; otherwise the order is that of the loader. Logits stay on the
     device until the end, so that it never waits for the host. A document all of whose windows failed has NaN logits.
+    Several joined processes each have a share of the documents in their loader, and all of them get all predictions.
 
     Raises:
         DataError: the loader has no documents.
@@ -78,20 +82,22 @@ def predict(model: nn.Module, data_loader: DataLoader, device: torch.device | st
     model.train(was_training)
     if not documents:
         raise DataError("there are no documents to predict: the data loader is empty; look at the data path")
-    failed = sorted(
+    failed = [
         (int(index_B[row]), window)
         for index_B, failed_BN in zip(index, failures, strict=True)
         for row, window in failed_BN.nonzero().tolist()
-    )
-    index_n = torch.cat(index)
+    ]
+    own = (torch.cat(logits).cpu(), torch.cat(index), torch.cat(labels) if labels else None, failed, windows)
+    all_logits, all_index, all_labels, all_failed, all_windows = zip(*gather(own), strict=True)
+    index_n = torch.cat(all_index)
     order_n = index_n.argsort()
     return Prediction(
-        logits=torch.cat(logits).cpu()[order_n].numpy(),
-        labels=torch.cat(labels)[order_n].numpy() if labels else None,
+        logits=torch.cat(all_logits)[order_n].numpy(),
+        labels=torch.cat(all_labels)[order_n].numpy() if labels else None,
         index=index_n[order_n].numpy(),
-        windows=windows,
-        failed_windows=len(failed),
-        failures=failed[:MOST_NAMES],
+        windows=sum(all_windows),
+        failed_windows=sum(map(len, all_failed)),
+        failures=sorted(chain(*all_failed))[:MOST_NAMES],
     )
 
 
@@ -108,6 +114,13 @@ def predicted_labels(
     if problem_type == "multi_label":
         return (probabilities >= (0.5 if thresholds is None else np.asarray(thresholds))).astype(np.int64)
     return probabilities.argmax(-1)
+
+
+def confidences(probabilities: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+    """[n], the probability of what is predicted; for several labels that of the set, taken as independent."""
+    if predicted.ndim == 2:
+        return np.where(predicted, probabilities, 1 - probabilities).prod(-1)
+    return probabilities.max(-1)
 
 
 def tune_thresholds(probabilities: np.ndarray, labels: np.ndarray) -> list[float]:
@@ -224,15 +237,17 @@ def evaluate_model(
     ids: Sequence[str] | None = None,
     token_counts: Sequence[int] | np.ndarray | None = None,
     coverage: Mapping[str, Any] | None = None,
+    overlap_with_training: int | None = None,
 ) -> dict[str, Any]:
     """Score `model` on labelled documents and write the report to `log_dir`.
 
     Writes `evaluation_results.txt`, `metrics.json`, `class_metrics.png`, `confusion_matrix.png`, and with
     `predictions_path` a CSV file: id, label, predicted, confidence, one probability a class. `ids`, `token_counts` and
     `coverage` (of all documents, by their place in the data set) are the data set's own where it has them.
+    `overlap_with_training` is how many of the documents the model was trained on, where that is known.
 
     Returns: what metrics.json holds: `classification_metrics`, and `documents`, `windows`, `failed_windows`,
-    `window_failures`, `by_length`, `coverage`, `thresholds` where they are known.
+    `window_failures`, `by_length`, `coverage`, `thresholds`, `overlap_with_training` where they are known.
 
     Raises:
         DataError: no documents, or none with a label.
@@ -245,6 +260,8 @@ def evaluate_model(
     coverage = own.coverage() if coverage is None and hasattr(own, "coverage") else coverage
 
     prediction = predict(model, data_loader, device)
+    if not is_main_process():
+        return {}
     names = {i: str(i) if ids is None else ids[i] for i in prediction.index.tolist()}
     labels = _checked_labels(prediction, names, label_names, max_window_failures)
     scores = probabilities(prediction.logits, problem_type)
@@ -259,6 +276,8 @@ def evaluate_model(
         metrics["coverage"] = dict(coverage)
     if thresholds is not None:
         metrics["thresholds"] = list(thresholds)
+    if overlap_with_training is not None:
+        metrics["overlap_with_training"] = overlap_with_training
 
     folder = Path(log_dir)
     if predictions_path is not None:
@@ -279,6 +298,17 @@ def _checked_labels(
     classes = prediction.logits.shape[1]
     if classes != len(label_names):
         raise ModelError(f"the model has {classes} classes, but {len(label_names)} label names came with it")
+    failures = check_documents(prediction, names)
+    check_share(prediction.failed_windows, prediction.windows, max_window_failures, "; ".join(failures))
+    return prediction.labels.astype(np.int64)
+
+
+def check_documents(prediction: Prediction, names: Mapping[int, str] | Sequence[str]) -> list[str]:
+    """Warn of the windows that failed, and give their names.
+
+    Raises:
+        TrainingError: nothing could be read of a document: its logits are not finite.
+    """
     failures = [f"{names[i]}, window {window}" for i, window in prediction.failures]
     for failure in failures:
         logger.warning("%s: its state is not finite", failure)
@@ -289,12 +319,15 @@ def _checked_labels(
             f"{', '.join(names[i] for i in unreadable[:MOST_NAMES])}; "
             "try full precision or --mixed_precision_type bf16, and another checkpoint if that does not help"
         )
-    if prediction.failed_windows > max_window_failures * prediction.windows:
+    return failures
+
+
+def check_share(failed: int, windows: int, most: float, which: str) -> None:
+    """Raise TrainingError if more than the share `most` of the windows failed."""
+    if failed > most * windows:
         raise TrainingError(
-            f"{prediction.failed_windows} of {prediction.windows} windows failed, a share over --max_window_failures "
-            f"{max_window_failures:g}: {'; '.join(failures)}"
+            f"{failed} of {windows} windows failed, a share over --max_window_failures {most:g}: {which}"
         )
-    return prediction.labels.astype(np.int64)
 
 
 def _save_predictions(
@@ -305,25 +338,15 @@ def _save_predictions(
     scores: np.ndarray,
     label_names: Sequence[str],
 ) -> None:
-    """One row a document. Several labels are joined by "|".
-
-    `confidence` is the probability of what is predicted; for several labels that of the set, taken as independent.
-    """
-    multi = labels.ndim == 2
-    confidence = np.where(predicted, scores, 1 - scores).prod(-1) if multi else scores.max(-1)
-
-    def cell(said: np.ndarray) -> str:
-        return "|".join(label_names[int(i)] for i in (np.flatnonzero(said) if multi else [said]))
-
+    """One row a document."""
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "label", "predicted", "confidence", *(f"prob_{name}" for name in label_names)])
-        for name, truth, said, sure, row in zip(ids, labels, predicted, confidence, scores, strict=True):
-            writer.writerow([*map(_harmless, (name, cell(truth), cell(said))), float(sure), *row.tolist()])
-
-
-def _harmless(cell: str) -> str:
-    return f"'{cell}" if cell.startswith(FORMULA_STARTS) else cell
+        for name, truth, said, sure, row in zip(
+            ids, labels, predicted, confidences(scores, predicted), scores, strict=True
+        ):
+            cells = [harmless(name), label_cell(truth, label_names), label_cell(said, label_names)]
+            writer.writerow([*cells, float(sure), *row.tolist()])
 
 
 def format_report(metrics: Mapping[str, Any]) -> str:
@@ -341,6 +364,8 @@ def format_report(metrics: Mapping[str, Any]) -> str:
         read, total = coverage["tokens_read"], coverage["tokens_total"]
         facts.append(("tokens read", f"{read:,} of {total:,} ({coverage['share']:.1%})"))
         facts.append(("documents cut", f"{coverage['documents_truncated']:,}"))
+    if "overlap_with_training" in metrics:
+        facts.append(("trained on too", f"{metrics['overlap_with_training']:,}"))
     facts.append(("windows failed", f"{metrics['failed_windows']:,} of {windows:,}"))
     width = max(len(name) for name, _ in facts)
     parts = ["\n".join(f"{name:<{width}}  {fact}" for name, fact in facts), _class_table(metrics)]

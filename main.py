@@ -2,6 +2,7 @@
 
   python main.py --mode train --train_path data/train --val_path data/evaluation
   python main.py --mode evaluate --model_path models/saved/RUN/model.pt --test_path data/validation
+  python main.py --mode predict --model_path models/saved/RUN/model.pt --input_path CORPUS --output_path OUT.csv
   python main.py --mode export --model_path models/saved/RUN/model.pt --output_dir models/saved/RUN-onnx
 
 Exit codes: 0 done; 1 unexpected; 2 options; 3 data; 4 model or checkpoint; 5 training; 6 memory or disk;
@@ -11,20 +12,40 @@ Exit codes: 0 done; 1 unexpected; 2 options; 3 data; 4 model or checkpoint; 5 tr
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from config import DEFAULT_TEST_PATH, Settings, parse_settings
-from utils import ReBertaError, limit_gpu_memory, logger, quiet_libraries, setup_logging
+from processes import stop_at_once
+from utils import (
+    ConfigError,
+    ReBertaError,
+    expected_error,
+    is_main_process,
+    limit_gpu_memory,
+    logger,
+    quiet_libraries,
+    setup_logging,
+)
 
 
 def dispatch(settings: Settings) -> None:
     """Run the mode. Modes are imported here, so that `--help` and a wrong option answer at once."""
+    if settings.mode in ("analyze", "export") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError(f"--mode {settings.mode} is done by one process; start it without torchrun")
     if settings.mode == "evaluate":
         from evaluate import evaluate
 
         evaluate(settings)
+    elif settings.mode == "predict":
+        from predict import predict_corpus
+
+        predict_corpus(settings)
     elif settings.mode == "analyze":
         from data_utils.analysis import analyze_corpus
 
@@ -52,6 +73,7 @@ def dispatch(settings: Settings) -> None:
 def main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
     """Parse, run, and turn an error into one message and an exit code."""
     setup_logging()
+    before = signal.signal(signal.SIGTERM, stop_at_once)
     try:
         settings = parse_settings(argv, description=__doc__, **defaults)
         setup_logging(settings.log_level)
@@ -59,14 +81,22 @@ def main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
         limit_gpu_memory(settings.gpu_memory_fraction)
         dispatch(settings)
     except ReBertaError as error:
-        logger.error("%s", error, exc_info=logger.isEnabledFor(logging.DEBUG))
+        if is_main_process() or not isinstance(error, ConfigError):  # that one is the same in all processes
+            logger.log(error.level, "%s", error, exc_info=logger.isEnabledFor(logging.DEBUG))
         return error.exit_code
     except KeyboardInterrupt:
         logger.error("stopped by Ctrl-C")
         return 130
-    except Exception:
+    except Exception as error:
+        if known := expected_error(error):
+            logger.error("%s", known, exc_info=logger.isEnabledFor(logging.DEBUG))
+            return known.exit_code
         logger.exception("unexpected error; please report it with what stands above")
         return 1
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return 0
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor, nn
 from transformers import (
@@ -27,11 +28,13 @@ from transformers import (
 from config import DEFAULT_ENCODER, Settings
 from data_utils.augmentation import Masking
 from data_utils.dataset import LongTextDataset, dataset_options, load_tokenizer
+from data_utils.overlap import warn_of_overlap
 from data_utils.readers import expand_paths
 from engine import Data, EngineCallback, MetricsCallback, Objective, ReBertaTrainer
 from memory_plan import plan_memory
-from models.checkpoint import is_checkpoint, load_checkpoint_tokenizer
+from models.checkpoint import is_checkpoint, load_checkpoint_tokenizer, load_training_texts
 from models.registry import build_model
+from processes import join_processes, said_once
 from run_folder import RunFolder, open_run_folder
 from utils import (
     ConfigError,
@@ -41,10 +44,12 @@ from utils import (
     clean_gpu_memory,
     error_handler,
     get_device,
+    is_main_process,
     log_gpu_usage,
     logger,
     mixed_precision_type,
     validate_params,
+    writing_to,
 )
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
@@ -67,21 +72,26 @@ def train(settings: Settings) -> Trained:
     return fit(settings, epochs=settings.epochs)
 
 
+@error_handler(error_type=TrainingError)
 def fit(settings: Settings, *, epochs: int | None = None, steps: int | None = None) -> Trained:
     """Train for so many epochs, or so many optimizer steps, and keep the best model.
 
     Raises:
         ConfigError, DataError, ModelError, TrainingError: as the stage that fails says it.
     """
-    device = get_device(settings.device)
-    run, resume_from = open_run_folder(settings)
-    set_seed(settings.seed)
-    data = load_data(settings, run)
-    model = build_model(settings, data.train.label_names, data.tokenizer)
-    trainer = build_trainer(settings, data, run, model, device, resume_from, epochs=epochs, steps=steps)
-    if settings.max_memory is not None:
-        plan_memory(trainer)
-    run_training(trainer, resume_from)
+    device = join_processes(get_device(settings.device))
+    with open_run_folder(settings) as (run, resume_from):
+        set_seed(settings.seed)
+        with PartialState().main_process_first():  # it prepares the data, and what is wrong is said once
+            data = load_data(settings, run)
+            model = build_model(settings, data.train.label_names, data.tokenizer)
+            trainer = build_trainer(settings, data, run, model, device, resume_from, epochs=epochs, steps=steps)
+        if resume_from is not None and trainer.is_at_end(resume_from):
+            logger.info("the run is at its end already: %s", resume_from)
+        else:
+            if settings.max_memory is not None:
+                plan_memory(trainer)
+            run_training(trainer, resume_from)
     logger.info("best %s: %.4f", settings.metric_for_best, trainer.state.best_metric)
     logger.info("run folder: %s", run.folder)
     logger.info("best model: %s", run.best_model)
@@ -102,8 +112,12 @@ def load_data(settings: Settings, run: RunFolder) -> Data:
     )
     options |= {"label_names": train_set.label_names}
     validation_set = LongTextDataset(settings.val_path, quarantine_path=run.quarantine("validation"), **options)
-    run.record_data(expand_paths([*settings.train_path, *settings.val_path]))
-    return Data(train_set, validation_set, tokenizer)
+    if is_main_process():
+        run.record_data(expand_paths([*settings.train_path, *settings.val_path]))
+    warn_of_overlap(validation_set, "validation", train_set.text_hashes)
+    earlier = load_training_texts(source) if is_checkpoint(source) else None
+    training_texts = train_set.text_hashes if earlier is None else np.union1d(earlier, train_set.text_hashes)
+    return Data(train_set, validation_set, tokenizer, training_texts)
 
 
 def masking(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Masking | None:
@@ -145,6 +159,8 @@ def build_trainer(
         args=_training_arguments(settings, run, device, epochs, steps),
         optimizer_cls_and_kwargs=(optimizer, {"lr": settings.learning_rate, **optimizer_options}),
     )
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ConfigError("FSDP and DeepSpeed are not supported: start with torchrun, which trains by DDP")
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(EngineCallback(trainer, resume_from))
     trainer.add_callback(MetricsCallback(run))
@@ -188,10 +204,8 @@ def _training_arguments(
         eval_steps=settings.eval_every,
         save_strategy=when,
         save_steps=settings.eval_every or 1,
-        save_total_limit=settings.save_total_limit + 1,  # the best one besides the last
         metric_for_best_model=settings.metric_for_best,
         greater_is_better=settings.metric_for_best != "loss",
-        load_best_model_at_end=True,
         restore_callback_states_from_checkpoint=True,  # or early stopping would forget its patience
         seed=settings.seed,
         bf16=precision == "bf16",
@@ -227,13 +241,15 @@ def run_training(trainer: ReBertaTrainer, resume_from: str | None) -> None:
     Raises:
         StoppedError: after SIGTERM or Ctrl-C, once the step that was at work is saved.
     """
-    with trainer.signals:
+    if trainer.args.process_index:
+        set_seed(trainer.args.seed + trainer.args.process_index)  # or all processes would drop out the same values
+    with writing_to(trainer.run.folder), trainer.signals:
         trainer.train(resume_from_checkpoint=resume_from)
     log_gpu_usage()
     clean_gpu_memory()
     if trainer.signals.received and trainer.state.global_step < trainer.state.max_steps:
-        raise StoppedError(
+        message = (
             f"stopped at step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved; "
-            f"the same command with --output_dir {trainer.run.folder} goes on from there",
-            trainer.signals.received,
+            f"the same command with --output_dir {trainer.run.folder} goes on from there"
         )
+        raise said_once(StoppedError(message, trainer.signals.received))

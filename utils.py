@@ -2,10 +2,11 @@
 
 - errors: `ReBertaError` and its family; each class carries the exit code that `main` returns
 - `error_handler`, `validate_params`: decorators for stages (load data, build model, fit, evaluate, save)
-- `StopSignals`: SIGTERM and Ctrl-C, noted so that a run can save
+- `expected_error`, `writing_to`: what a library's error means: a full disk, no memory, a data worker that ended
+- `is_main_process`: which of several processes writes and reports (see `processes`)
 - `setup_logging`: one format, to the console and, where asked, to a file
 - `atomic_path`, `write_text`: a file is written under a temporary name and moved into place
-- `made_up_folder`, `find_encoder`: where reports go and encoders lie
+- `made_up_folder`: where reports go
 - `get_device`, `mixed_precision_type`: where to compute, and in what
 - `limit_gpu_memory`, `clean_gpu_memory`, `log_gpu_usage`: the GPU's memory; they do nothing on a CPU
 """
@@ -13,11 +14,13 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import inspect
 import logging
 import os
-import signal
+import pickle
+import re
 import sys
 import tempfile
 import warnings
@@ -28,19 +31,21 @@ from typing import Literal, ParamSpec, TypeVar, overload
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 logger = logging.getLogger("reberta")
 
-PRETRAINED = Path(__file__).parent / "models" / "pretrained"
+TEMPORARY = ".writing."  # what names of unfinished files begin with; what a kill leaves of them may be deleted
 
 
 class ReBertaError(Exception):
     """An expected failure. Its message says what is wrong, where, and what to do next."""
 
     exit_code = 1
+    level = logging.ERROR
 
 
 class ConfigError(ReBertaError, ValueError):
@@ -81,8 +86,14 @@ class ResourceError(ReBertaError):
     exit_code = 6
 
 
+class ProcessLostError(ReBertaError):
+    """Another of several processes has ended, and its own message says why."""
+
+    level = logging.WARNING
+
+
 class StoppedError(ReBertaError):
-    """A signal asked the run to stop; what it did is saved. Exit code 128 + the signal's number."""
+    """A signal asked to stop. Exit code 128 + the signal's number."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
@@ -102,9 +113,9 @@ def error_handler(
 ) -> Callable[[Callable[P, R]], Callable[P, R | None]]:
     """Wrap a stage so that whatever it raises is one of our errors.
 
-    Our own errors pass through with a note that names the stage; a full disk or exhausted memory becomes a
-    `ResourceError`; anything else becomes `error_type`, raised `from` the original. With `reraise=False` the stage
-    returns None instead of raising (for stages whose failure must not end the run, such as a figure).
+    Our own errors pass through with a note that names the stage; what `expected_error` knows becomes what it says;
+    anything else becomes `error_type`, raised `from` the original. With `reraise=False` the stage returns None instead
+    of raising (for stages whose failure must not end the run, such as a figure).
     """
 
     def decorate(stage: Callable[P, R]) -> Callable[P, R | None]:
@@ -115,13 +126,15 @@ def error_handler(
             try:
                 return stage(*args, **kwargs)
             except ReBertaError as error:
+                error.args = (_without_worker(str(error)), *error.args[1:])
                 error.add_note(f"in stage {name}")
                 if reraise:
                     raise
             except Exception as error:
                 if reraise:
-                    kind, message = _classify(error, error_type)
-                    raise kind(f"{name}: {message}") from error
+                    known = expected_error(error)
+                    kind = error_type if known is None else type(known)
+                    raise kind(f"{name}: {known or f'{type(error).__name__}: {error}'}") from error
             return None
 
         return wrapped
@@ -129,32 +142,62 @@ def error_handler(
     return decorate
 
 
-def _classify(error: Exception, error_type: type[ReBertaError]) -> tuple[type[ReBertaError], str]:
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return ResourceError, f"out of memory ({error}); lower --batch_size or raise --memory_level"
-    if isinstance(error, OSError) and error.errno in (28, 122):  # ENOSPC, EDQUOT
-        return ResourceError, f"the disk is full ({error}); free some space, what was saved before is intact"
-    return error_type, f"{type(error).__name__}: {error}"
+def expected_error(error: Exception) -> ReBertaError | None:
+    """What an error of a library means where it must be expected: a full disk, no memory, weights that are none, a data
+    worker or another process that ended. None for any other."""
+    message = _without_worker(str(error))
+    if isinstance(error, torch.distributed.DistError) or "gloo" in message:
+        return ProcessLostError("another process has ended, whose message says why")
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in message:
+        return ResourceError(f"out of memory ({message}); lower --batch_size or raise --memory_level")
+    if (isinstance(error, OSError) and error.errno in _DISK_FULL) or _DISK_FULL_SAID.search(message):
+        return ResourceError(f"the disk is full ({message}); free some space, what was saved before is intact")
+    if lost := _WORKER_LOST.search(f"{error.__cause__} {message}"):
+        if lost[0].endswith(("Killed", "Bus error")):
+            advice = "probably for want of memory: lower --num_workers or --batch_size, or see that /dev/shm is larger"
+            return ResourceError(f"{lost[0]}, {advice}")
+        return DataError(f"{lost[0]}; --num_workers 0 reads in this process, which says more")
+    if isinstance(error, SafetensorError):
+        return ModelError(f"a file of weights is damaged ({message})")
+    if isinstance(error, pickle.UnpicklingError):
+        return ModelError("a file holds more than weights and plain data, which are all that is ever loaded")
+    if message != str(error):
+        return DataError(f"{type(error).__name__}: {message}")
+    return None
 
 
-class StopSignals:
-    """While open, the first SIGTERM or Ctrl-C is only noted, in `received`; the second one acts at once."""
+# EFBIG is a limit of the shell's (ulimit) or of the file system; torch and numpy say no more than that a write failed
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL_SAID = re.compile(
+    r"\(os error (28|122|27)\)|PytorchStreamWriter|unexpected pos \d+ vs|iostream error|\d+ requested and \d+ written"
+)
+_WORKER_LOST = re.compile(r"DataLoader worker \(pid(\(s\))? [\d, ]+\) [\w ]+(: [\w ]+\w)?")
+_WORKER_RAISED = re.compile(
+    r"Caught \w+ in (DataLoader worker process \d+)\.\nOriginal Traceback.*\n  .*?\n(.*)", re.DOTALL
+)
 
-    received: int | None = None
 
-    def __enter__(self) -> StopSignals:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
+def _without_worker(message: str) -> str:
+    """What an error said in a data worker, where `message` is the worker's traceback."""
+    raised = _WORKER_RAISED.fullmatch(message.rstrip("\n"))
+    return message if raised is None else f"{raised[2].partition(': ')[2] or raised[2]} (in {raised[1]})"
 
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
-    def _note(self, number: int, frame: object) -> None:
-        logger.warning("%s: stopping after this step, to save it", signal.Signals(number).name)
-        self.received = number
-        for noted, handler in self._before.items():
-            signal.signal(noted, handler)
+@contextlib.contextmanager
+def writing_to(path: str | Path) -> Iterator[None]:
+    """Where the disk is full in this block, the error names `path`."""
+    try:
+        yield
+    except Exception as error:
+        known = expected_error(error)
+        if isinstance(known, ResourceError) and not isinstance(error, ReBertaError):
+            raise ResourceError(f"{path}: {known}") from error
+        raise
+
+
+def is_main_process() -> bool:
+    """Whether this is the only process, or number 0 of those that torchrun started: the one that writes and reports."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def validate_params(**types: type | tuple[type, ...]) -> Callable[[Callable[P, R]], Callable[P, R]]:
@@ -192,20 +235,34 @@ def validate_params(**types: type | tuple[type, ...]) -> Callable[[Callable[P, R
 
 
 def setup_logging(level: str = "INFO", log_file: str | Path | None = None) -> logging.Logger:
-    """Send the `reberta` logger to stderr and, where given, append it to `log_file`. May be called again."""
+    """Send the `reberta` logger to stderr and, where given, append it to `log_file`. May be called again.
+
+    Of several processes number 0 speaks; the others tell of their own errors only.
+    """
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
-    if log_file is not None:
+    who = "" if is_main_process() else f"process {os.environ['RANK']}: "
+    if log_file is not None and is_main_process():
         Path(log_file).parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(log_file, encoding="utf-8"))
+        handlers.append(_LogFile(log_file, encoding="utf-8"))
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {who}%(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
-    logger.setLevel(level)
+    logger.setLevel(level if is_main_process() else logging.ERROR)
     logger.propagate = False
     return logger
+
+
+class _LogFile(logging.FileHandler):
+    """A log that is given up, with one warning, when it cannot be written; else each line would print a traceback."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        logger.removeHandler(self)
+        with contextlib.suppress(OSError):
+            self.close()
+        logger.warning("%s: goes no further (%s)", self.baseFilename, sys.exc_info()[1])
 
 
 def quiet_libraries(level: str) -> None:
@@ -221,11 +278,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; it becomes `path` when the block ends well and vanishes otherwise."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f"{TEMPORARY}{path.name}.", suffix=path.suffix)
     os.close(descriptor)
     temporary = Path(name)
     try:
-        yield temporary
+        with writing_to(path):
+            yield temporary
         temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
     finally:
@@ -247,12 +305,6 @@ def _umask() -> int:
 def made_up_folder(name: str) -> Path:
     """`logs/<name>-<time>`, for a run or report whose folder the user leaves open."""
     return Path("logs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-
-
-def find_encoder(name: str | Path) -> str:
-    """Where transformers finds an encoder: a folder, else one below models/pretrained, else a name on the hub."""
-    local = PRETRAINED / name
-    return str(local if not Path(name).exists() and local.is_dir() else name)
 
 
 def get_device(name: str | None = None) -> torch.device:
@@ -277,7 +329,7 @@ def mixed_precision_type(wanted: str, device: torch.device) -> str:
 def limit_gpu_memory(fraction: float | None) -> None:
     """Let this process use at most `fraction` of its GPU's memory."""
     if fraction is not None and torch.cuda.is_available():
-        torch.cuda.set_per_process_memory_fraction(fraction)
+        torch.cuda.set_per_process_memory_fraction(fraction, int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def clean_gpu_memory() -> None:

@@ -190,7 +190,9 @@ class Alternate(TrainerCallback):
         self.optimizer.zero_grad()
 
 
-def save_encoder(tokenizer: PreTrainedTokenizerBase, shape: Shape, folder: Path) -> Path:
+def save_encoder(
+    tokenizer: PreTrainedTokenizerBase, shape: Shape, folder: Path, *, positions: int = WINDOW, **changes: Any
+) -> Path:
     """A RoBERTa with random weights, and this tokenizer, as `--model_path` takes it."""
     config = RobertaConfig(
         vocab_size=len(tokenizer),
@@ -198,9 +200,10 @@ def save_encoder(tokenizer: PreTrainedTokenizerBase, shape: Shape, folder: Path)
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         intermediate_size=4 * shape.width,
-        max_position_embeddings=WINDOW + tokenizer.pad_token_id + 1,
+        max_position_embeddings=positions + tokenizer.pad_token_id + 1,
         pad_token_id=tokenizer.pad_token_id,
         type_vocab_size=1,
+        **changes,
     )
     AutoModel.from_config(config, add_pooling_layer=False).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -225,8 +228,8 @@ def training(model: str, shape: Shape, steps: int, folder: Path) -> list[Row]:
         "log_level": "WARNING",
     }
     settings = parse_settings([word for name, value in options.items() for word in (f"--{name}", str(value))])
-    run, _ = open_run_folder(settings)
-    data = load_data(settings, run)
+    with open_run_folder(settings) as (run, _):
+        data = load_data(settings, run)
     ours, bare = (build_model(settings, data.train.label_names, data.tokenizer) for _ in range(2))
     trainer = build_trainer(
         settings, data, run, ours, torch.device("cpu"), None, epochs=None, steps=settings.total_steps

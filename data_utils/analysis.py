@@ -10,10 +10,8 @@ Texts are read as a stream; of each document a token count and a hash of 8 bytes
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import unicodedata
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -26,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from config import DEFAULT_ENCODER, DEFAULT_TEST_PATH, Settings
 from data_utils.labels import label_order
+from data_utils.overlap import text_hash
 from data_utils.readers import OnBadLines, Paths, Quarantine, checked_records, expand_paths
 from data_utils.records import Columns, ProblemType, Record
 from data_utils.tokenization import load_tokenizer, tokenize
@@ -95,26 +94,20 @@ def analyze(
 def _read_split(
     part: _Split, tokenizer: PreTrainedTokenizerBase, quarantine: Quarantine
 ) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-    """A split's counts, and of each document the number of tokens, int64, and the hash, uint64."""
+    """A split's counts, and of each document the number of tokens, int64, and the hash, int64."""
     labels: Counter[str] = Counter()
     unlabelled = 0
-    token_counts, hashes = array("q"), array("Q")
+    token_counts, hashes = array("q"), array("q")
     bar = tqdm(part.records(quarantine), desc=f"Reading {part.name}", unit=" documents", disable=None)
-    keyed = (((record.label, _hash(record.text)), record.text) for record in bar)
-    for (label, text_hash), tokens in tokenize(tokenizer, keyed):
+    keyed = (((record.label, text_hash(record.text)), record.text) for record in bar)
+    for (label, hashed), tokens in tokenize(tokenizer, keyed):
         labels.update([label] if isinstance(label, str) else label or [])
         unlabelled += label is None
         token_counts.append(len(tokens.ids))
-        hashes.append(text_hash)
+        hashes.append(hashed)
     counts = {name: labels[name] for name in label_order(labels)}
     summary = {"documents": len(token_counts), "unlabelled": unlabelled, "labels": counts}
-    return summary, np.array(token_counts, dtype=np.int64), np.array(hashes, dtype=np.uint64)
-
-
-def _hash(text: str) -> int:
-    """The same for texts that differ in case, character width and spaces only."""
-    plain = " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-    return int.from_bytes(hashlib.blake2b(plain.encode("utf-8"), digest_size=8).digest(), "big")
+    return summary, np.array(token_counts, dtype=np.int64), np.array(hashes, dtype=np.int64)
 
 
 def _lengths(token_counts: np.ndarray) -> dict[str, float]:
@@ -144,9 +137,9 @@ def _equal_documents(parts: list[_Split], hashes: Mapping[str, np.ndarray]) -> l
     for part in parts if repeated else []:
         with Quarantine(os.devnull) as quarantine:
             for record in part.records(quarantine):
-                if (text_hash := _hash(record.text)) in repeated:
+                if (hashed := text_hash(record.text)) in repeated:
                     document = {"split": part.name, "id": record.id, "source": record.source, "label": record.label}
-                    groups.setdefault(text_hash, []).append(document)
+                    groups.setdefault(hashed, []).append(document)
     return list(groups.values())
 
 

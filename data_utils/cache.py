@@ -27,18 +27,19 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from data_utils.overlap import text_hash
 from data_utils.readers import Quarantine, checked_records
 from data_utils.records import Columns, ProblemType
 from data_utils.tokenization import Tokens, tokenize
 from data_utils.windows import capacity, check_window_options, flat_windows
-from utils import ConfigError, DataLoadError, ResourceError, logger
+from utils import ConfigError, DataLoadError, ResourceError, logger, writing_to
 
-FORMAT = 1
+FORMAT = 2
 DEFAULT_CACHE = Path.home() / ".cache" / "reberta"
 DOCUMENTS, QUARANTINE, MANIFEST = "documents.arrow", "quarantine.jsonl", "manifest.json"
 _FLUSH_TOKENS = 500_000
 
-Row = tuple[str | list[str] | None, str, str]  # a document's label or labels, id and source
+Row = tuple[str | list[str] | None, str, str, int]  # a document's label or labels, id, source and text hash
 
 SCHEMA = pa.schema(
     {
@@ -48,6 +49,7 @@ SCHEMA = pa.schema(
         "labels": pa.list_(pa.string()),
         "id": pa.string(),
         "source": pa.string(),
+        "text_hash": pa.int64(),
         "word_starts": pa.list_(pa.bool_()),  # of the tokens read; null where words were not asked for
     }
 )
@@ -116,11 +118,12 @@ class Preparation:
             self.files, self.columns, self.problem_type, quarantine if self.skip_bad_lines else None
         )
         bar = tqdm(records, desc="Preparing documents", unit=" documents", disable=None)
-        return tokenize(self.tokenizer, ((record[1:], record.text) for record in bar), self.words)
+        rows = (((*record[1:], text_hash(record.text)), record.text) for record in bar)
+        return tokenize(self.tokenizer, rows, self.words)
 
     def _record_batch(self, documents: list[tuple[Row, Tokens]]) -> pa.RecordBatch:
         rows, tokens = zip(*documents, strict=True)
-        labels, ids, sources = zip(*rows, strict=True)
+        labels, ids, sources, hashes = zip(*rows, strict=True)
         limit = self.token_limit
         read = [document.ids[:limit] for document in tokens]
         read_D = np.array([len(document) for document in read])
@@ -139,6 +142,7 @@ class Preparation:
             "labels": [[label] if isinstance(label, str) else label for label in labels],
             "id": ids,
             "source": sources,
+            "text_hash": hashes,
             "word_starts": [None] * len(documents),
         }
         if self.words:
@@ -216,7 +220,8 @@ def _build_in_place(preparation: Preparation, key: str, folder: Path) -> None:
     temporary = folder.parent / f".{key}.{os.getpid()}"
     temporary.mkdir()
     try:
-        preparation.build(temporary)
+        with writing_to(folder.parent):
+            preparation.build(temporary)
         if preparation.key() != key:
             raise DataLoadError(f"{preparation.files[0]}: a data file was changed while it was read; start again")
         os.replace(temporary, folder)

@@ -34,6 +34,7 @@ from data_utils.labels import distinct_labels, encode_labels, stratified_sample
 from data_utils.readers import OnBadLines, Paths, expand_paths
 from data_utils.records import Columns, ProblemType, check_text
 from data_utils.sampler import LongTextBatchSampler
+from data_utils.stream import DocumentPart
 from data_utils.tokenization import load_tokenizer, tokenize
 from data_utils.windows import capacity, content_positions, cut_windows
 from utils import ConfigError, DataFormatError, atomic_path, logger
@@ -48,8 +49,9 @@ class LongTextDataset(Dataset[dict[str, Any]]):
     FloatTensor [C]), absent where the documents have no labels; `index`, i.
 
     Attributes, in the order of the items: `window_counts`, `token_counts` (content tokens of the whole document),
-    `tokens_read` (those in windows, each counted once), `ids`, and `labels`: int64 [documents], `multi_label` int8
-    [documents, C], or None. `label_names` gives the labels' order: as handed in, or sorted, whole numbers by value.
+    `tokens_read` (those in windows, each counted once), `ids`, `sources` (file:line), `text_hashes`, and `labels`:
+    int64 [documents], `multi_label` int8 [documents, C], or None. `label_names` gives the labels' order: as handed in,
+    or sorted, whole numbers by value.
 
     Raises DataFormatError (with file and line) for bad documents and labels that `label_names` does not know,
     DataLoadError for files that cannot be read, ModelError for a tokenizer that cannot be used, ConfigError for
@@ -135,6 +137,16 @@ class LongTextDataset(Dataset[dict[str, Any]]):
     def ids(self) -> Sequence[str]:
         """The documents' ids; read from the file when asked for."""
         return _Cells(self._column("id"), self._rows)
+
+    @property
+    def sources(self) -> Sequence[str]:
+        """The documents' places, file:line; read from the file when asked for."""
+        return _Cells(self._column("source"), self._rows)
+
+    @property
+    def text_hashes(self) -> np.ndarray:
+        """A hash of each text, int64 [documents] (see `overlap.text_hash`)."""
+        return self._column("text_hash").to_numpy()[self._rows]
 
     @property
     def truncated(self) -> int:
@@ -284,18 +296,25 @@ def dataset_options(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> d
 
 
 def evaluation_loader(
-    dataset: LongTextDataset,
+    dataset: LongTextDataset | DocumentPart,
     batch_size: int,
     *,
     max_windows_per_batch: int | None = None,
+    num_replicas: int = 1,
+    rank: int = 0,
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader[dict[str, Any]]:
-    """Batches such as `collate` makes, each document once, the longest first."""
+    """Batches such as `collate` makes, the longest first: each document once, in one of `num_replicas` processes."""
     return DataLoader(
         dataset,
         batch_sampler=LongTextBatchSampler(
-            dataset.window_counts, batch_size, max_windows_per_batch=max_windows_per_batch, shuffle=False
+            dataset.window_counts,
+            batch_size,
+            num_replicas=num_replicas,
+            rank=rank,
+            max_windows_per_batch=max_windows_per_batch,
+            shuffle=False,
         ),
         collate_fn=partial(collate, pad_token_id=dataset.tokenizer.pad_token_id),
         num_workers=num_workers,

@@ -264,7 +264,8 @@ def _read_parquet(file: Path, columns: Columns) -> Iterator[_Row]:
     with pq.ParquetFile(file) as parquet:
         present = parquet.schema_arrow.names
         _check_header(str(file), present, columns)
-        wanted = [name for name in dict.fromkeys((columns.text, columns.label, ID_COLUMN)) if name in present]
+        named = dict.fromkeys((columns.text, columns.label, ID_COLUMN))
+        wanted = [name for name in named if name is not None and name in present]
         number = 0
         for batch in parquet.iter_batches(_PARQUET_ROWS, columns=wanted, use_threads=False):
             for row in range(batch.num_rows):

@@ -41,10 +41,10 @@ class Record(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """The names of the columns, and whether a document must have a label."""
+    """The names of the columns, and whether a document must have a label; labels without a name are not read."""
 
     text: str
-    label: str
+    label: str | None
     needs_label: bool
 
 
@@ -74,6 +74,8 @@ class RecordCheck:
         return check_text(cells[name], repr(name))
 
     def _label(self, cells: dict[str, Any], source: str, typed: bool) -> str | list[str] | None:
+        if self._columns.label is None:
+            return None
         value = cells.get(self._columns.label)
         try:
             values = self._label_values(value, typed)

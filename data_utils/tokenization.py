@@ -22,7 +22,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from utils import ConfigError, ModelError, find_encoder
+from pretrained import find_encoder
+from utils import ConfigError, ModelError, error_handler
 
 T = TypeVar("T")
 
@@ -40,13 +41,14 @@ class Tokens(NamedTuple):
     word_starts: np.ndarray | None
 
 
+@error_handler(error_type=ModelError)
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     """The fast tokenizer of an encoder: a folder, a name below models/pretrained, or a name on the hub.
 
     Raises ModelError where there is none, or where it has no fast form or lacks [CLS], [SEP] or padding.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(find_encoder(name))
+        tokenizer = AutoTokenizer.from_pretrained(find_encoder(name), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(
             f"{name}: no tokenizer found, neither in a folder of that name nor below models/pretrained "

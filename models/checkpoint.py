@@ -1,33 +1,47 @@
 """A trained model on disk: a folder, and in it `model.pt`, which carries all of it in one file.
 
-- folder: `config.json` (with the label maps), `model.safetensors`, the tokenizer, `settings.json`, `model.pt`
+- folder: `config.json` (with the label maps), `model.safetensors`, the tokenizer, `settings.json`, `model.pt`, and
+  `training_texts.safetensors`: hashes of the texts that were trained on, so that an evaluation on them is noticed
 - `save_checkpoint` writes the folder beside its place and moves it there whole
-- `load_model_and_config`, `load_checkpoint_tokenizer`: from either form; nothing pickled is ever run
+- `load_model_and_config`, `load_checkpoint_tokenizer`, `load_training_texts`: from either form
+- files may come from strangers: nothing pickled is ever run, and a file that unpacks to more than it holds, or whose
+  sizes are not those of its weights, is refused before memory is taken
 """
 
 from __future__ import annotations
 
+import copy
+import glob
+import hashlib
 import json
 import os
 import pickle
+import re
+import shutil
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 
 from models.configuration import ReBertaConfig
 from models.reberta import RecurrentRoBERTa
-from utils import ConfigError, ModelError, error_handler, validate_params
+from utils import TEMPORARY, ModelError, error_handler, validate_params, writing_to
 
 FORMAT = 1
 MODEL_FILE = "model.pt"
 SETTINGS_FILE = "settings.json"
 WEIGHTS_FILE = "model.safetensors"
+TEXTS_FILE = "training_texts.safetensors"
+_TEXTS = "training_texts"
+_PARTS = {"config": dict, "settings": dict, "tokenizer": dict, "state_dict": dict}
 
 
 class Checkpoint(NamedTuple):
@@ -45,19 +59,32 @@ def is_checkpoint(path: str | Path) -> bool:
     path = Path(path)
     if path.suffix == ".pt":
         return True
-    config = path / "config.json"
-    return config.is_file() and json.loads(config.read_text(encoding="utf-8")).get("model_type") == "reberta"
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(config, dict) and config.get("model_type") == "reberta"
 
 
 @error_handler(error_type=ModelError)
 @validate_params(settings=dict, folder=(str, Path))
 def save_checkpoint(
-    model: RecurrentRoBERTa, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any], folder: str | Path
+    model: RecurrentRoBERTa,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: dict[str, Any],
+    folder: str | Path,
+    training_texts: np.ndarray | None = None,
 ) -> Path:
-    """Write model, tokenizer and settings to `folder`, which is replaced whole if it exists."""
+    """Write model, tokenizer and settings to `folder`, which is replaced whole if it exists.
+
+    `training_texts`, int64 [documents], are the hashes of what was trained on (`LongTextDataset.text_hashes`).
+    """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
+    prefix = f"{TEMPORARY}{folder.name}."
+    for left_by_a_kill in folder.parent.glob(f"{glob.escape(prefix)}*"):
+        shutil.rmtree(left_by_a_kill)
+    with writing_to(folder), tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as scratch:
         fresh = Path(scratch) / "new"
         model.save_pretrained(fresh)
         names = [Path(name).name for name in tokenizer.save_pretrained(fresh) if Path(name).is_file()]
@@ -69,6 +96,9 @@ def save_checkpoint(
             "tokenizer": {name: (fresh / name).read_text(encoding="utf-8") for name in names},
             "state_dict": {name: value.detach().cpu() for name, value in model.state_dict().items()},
         }
+        if training_texts is not None:
+            content[_TEXTS] = torch.from_numpy(np.unique(training_texts))
+            save_file({_TEXTS: content[_TEXTS]}, fresh / TEXTS_FILE)
         torch.save(content, fresh / MODEL_FILE)
         if folder.exists():
             os.replace(folder, Path(scratch) / "old")
@@ -76,6 +106,7 @@ def save_checkpoint(
     return folder
 
 
+@error_handler(error_type=ModelError)
 def load_model_and_config(path: str | Path) -> Checkpoint:
     """Load a `.pt` file or a folder that `save_checkpoint` wrote.
 
@@ -89,14 +120,16 @@ def load_model_and_config(path: str | Path) -> Checkpoint:
         content = _read_file(path)
         config, settings, state = content["config"], content["settings"], content["state_dict"]
     try:
-        model = RecurrentRoBERTa(ReBertaConfig.from_dict(config))
-        model.load_state_dict(state)
-    except (ConfigError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        _check_sizes(config, state)
+    except Exception as error:  # whatever transformers makes of a configuration that anyone may have written
         raise ModelError(f"{path}: its weights do not fit its configuration: {error}") from error
+    model = RecurrentRoBERTa(ReBertaConfig.from_dict(config))
+    model.load_state_dict(state)
     maps = {"id2label": dict(model.config.id2label), "label2id": dict(model.config.label2id)}
     return Checkpoint(model.eval(), settings, maps)
 
 
+@error_handler(error_type=ModelError)
 def load_checkpoint_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer that was saved with the model.
 
@@ -105,13 +138,48 @@ def load_checkpoint_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """
     path = _existing(path)
     if path.is_dir():
-        return AutoTokenizer.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     with tempfile.TemporaryDirectory() as folder:
         for name, text in _read_file(path)["tokenizer"].items():
-            if Path(name).name != name:
+            if not re.fullmatch(r"\w[\w.-]*", name):
                 raise ModelError(f"{path}: refuses to write the tokenizer file {name!r} outside of its folder")
             (Path(folder) / name).write_text(text, encoding="utf-8")
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def load_training_texts(path: str | Path) -> np.ndarray | None:
+    """The hashes of the texts that the model was trained on, int64, sorted; None where none were saved with it.
+
+    Raises:
+        ModelError: as `load_model_and_config`.
+    """
+    path = _existing(path)
+    if path.is_file():
+        texts = _read_file(path).get(_TEXTS)
+    elif (path / TEXTS_FILE).is_file():
+        texts = _read_tensors(path / TEXTS_FILE).get(_TEXTS)
+    else:
+        return None
+    if texts is None:
+        return None
+    if not isinstance(texts, Tensor) or texts.dtype != torch.int64 or texts.dim() != 1:
+        raise ModelError(f"{path}: is damaged: the hashes of its training texts are none")
+    return texts.numpy()
+
+
+def checkpoint_hash(path: str | Path) -> str:
+    """SHA-256 of what is loaded from `path` for inference.
+
+    Raises:
+        ModelError: there is nothing.
+    """
+    path = _existing(path)
+    names = ("config.json", SETTINGS_FILE, WEIGHTS_FILE, "tokenizer.json", "tokenizer_config.json")
+    digest = hashlib.sha256()
+    for part in [path / name for name in names] if path.is_dir() else [path]:
+        with part.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _existing(path: str | Path) -> Path:
@@ -123,16 +191,20 @@ def _existing(path: str | Path) -> Path:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
+        _check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise ModelError(
             f"{path}: refused, since it is damaged or holds more than weights and plain data; "
             "only files that ReBerta wrote can be loaded"
         ) from error
-    except (OSError, EOFError, RuntimeError, ValueError) as error:
+    except Exception as error:  # whatever the two readers make of bytes that anyone may have written
         raise ModelError(f"{path}: is no checkpoint or is damaged: {error}") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ModelError(f"{path}: is no ReBerta checkpoint of format {FORMAT}; train and save it again")
+    wrong = [name for name, kind in _PARTS.items() if not isinstance(content.get(name), kind)]
+    if wrong:
+        raise ModelError(f"{path}: is damaged: {', '.join(wrong)} missing or of another type")
     return content
 
 
@@ -143,6 +215,38 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))
-        return config, settings, load_file(folder / WEIGHTS_FILE)
-    except (ValueError, SafetensorError) as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{folder}: is damaged: {error}") from error
+    if not isinstance(config, dict) or not isinstance(settings, dict):
+        raise ModelError(f"{folder}: is damaged: config.json and {SETTINGS_FILE} must hold an object each")
+    return config, settings, _read_tensors(folder / WEIGHTS_FILE)
+
+
+def _check_archive(path: Path) -> None:
+    """Raises ValueError where the records of a zip file are larger than the file; torch writes them as they are."""
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(record.file_size for record in archive.infolist())
+    if unpacked > path.stat().st_size:
+        raise ValueError(f"it unpacks to {unpacked:,} bytes, more than it holds")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: is damaged: {error}") from error
+
+
+def _check_sizes(config: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Raises ValueError where a model of this configuration has other tensors, before memory is taken for them."""
+    counts = {"num_hidden_layers": len(state), "num_labels": len(state["classifier.bias"])}
+    for part in (config, config["encoder_config"]):
+        for name, most in counts.items():
+            if part.get(name, 0) > most:
+                raise ValueError(f"{name} is {part[name]}, more than the weights are of")
+    with torch.device("meta"), no_init_weights():
+        expected = RecurrentRoBERTa(ReBertaConfig.from_dict(copy.deepcopy(config))).state_dict()
+    names = sorted(expected.keys() ^ state.keys())
+    names += [name for name in expected if name in state and expected[name].shape != state[name].shape]
+    if names:
+        raise ValueError(f"it needs other tensors than it holds: {', '.join(names[:5])}")

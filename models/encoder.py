@@ -14,6 +14,7 @@ Shapes: B documents, W tokens of a window, D hidden size, H heads, K size of a h
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,23 @@ def load_encoder(
 ) -> PreTrainedModel:
     """Load an encoder (name or folder: with its weights; config object: with random weights), without its pooler.
 
+    Nothing that a stranger's folder holds is run: weights are read from safetensors only, code never.
+
     Raises:
         OSError: the name or folder cannot be found (as transformers says it).
+        ValueError: it needs code of its own.
     """
-    config = encoder if isinstance(encoder, PreTrainedConfig) else AutoConfig.from_pretrained(encoder)
+    if isinstance(encoder, PreTrainedConfig):
+        config = encoder
+    else:
+        config = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
     config.hidden_dropout_prob = dropout
     config.attention_probs_dropout_prob = attention_dropout
     options: dict[str, Any] = {"add_pooling_layer": False} if _has_pooler_option(config) else {}
     options["attn_implementation"] = ATTENTION
     if pretrained and not isinstance(encoder, PreTrainedConfig):
-        model = AutoModel.from_pretrained(encoder, config=config, dtype=torch.float32, use_safetensors=True, **options)
+        options |= {"use_safetensors": True, "trust_remote_code": False}
+        model = AutoModel.from_pretrained(encoder, config=config, dtype=torch.float32, **options)
     else:
         model = AutoModel.from_config(config, dtype=torch.float32, **options)
     for name, module in list(model.named_modules()):
@@ -132,13 +140,43 @@ def cls_output(
     mask = create_bidirectional_mask(encoder.config, embeds_BWD, mask_BW) if mask_BW is not None else None
     *layers, last = encoder.encoder.layer
     for layer in layers:
-        if recompute_layers:  # what would compare the two computations takes 50 KB a window (4 layers)
-            hidden_TD = checkpoint(
-                _read_layer, layer, hidden_TD, batch, mask, use_reentrant=False, determinism_check="none"
-            )
-        else:
-            hidden_TD = _read_layer(layer, hidden_TD, batch, mask)
+        arguments = layer, hidden_TD, batch, mask
+        hidden_TD = recomputed(_read_layer, *arguments) if recompute_layers else _read_layer(*arguments)
     return _read_layer(last, hidden_TD, batch, mask, cls_only=True)
+
+
+def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(*arguments)`, whose activations are not kept but computed again in the backward pass.
+
+    A call inside another keeps nothing but autograd's graph: the random state (5 KB) is an argument, so computed again
+    too, where `checkpoint` would keep it. Comparing the two computations would take 50 KB a window (4 layers).
+    """
+    return checkpoint(
+        _with_random_state,
+        torch.get_rng_state(),
+        function,
+        *arguments,
+        use_reentrant=False,
+        determinism_check="none",
+        preserve_rng_state=torch.accelerator.is_available(),  # an accelerator's own
+        context_fn=lambda: (nullcontext(), _RandomStateAsBefore()),
+    )
+
+
+def _with_random_state(state: Tensor, function: Callable[..., Any], *arguments: Any) -> Any:
+    torch.set_rng_state(state)
+    return function(*arguments)
+
+
+class _RandomStateAsBefore:
+    """Puts the random state back at the end. Unlike `fork_rng()` it can be entered again, by another backward pass."""
+
+    def __enter__(self) -> None:
+        self.state = torch.get_rng_state()
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_rng_state(self.state)
+        del self.state
 
 
 def _is_bert_shaped(encoder: PreTrainedModel) -> bool:
@@ -242,7 +280,7 @@ class Dropout(nn.Dropout):
         dropped = round(self.p * 2**16)
         numbers = torch.empty(-(-values.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
         kept = numbers.view(torch.int16)[: values.numel()].view(values.shape) >= dropped - 2**15
-        return values * kept * (2**16 / (2**16 - dropped))
+        return torch.addcmul(values.new_zeros(()), values, kept, value=2**16 / (2**16 - dropped))
 
 
 for _name, _function in ((ATTENTION, _attention), (ROTARY, _rotary_attention)):

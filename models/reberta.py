@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -35,10 +34,11 @@ from transformers import initialization as init
 
 from .aggregation import AttentionAggregation, EncoderAggregation, masked_max, masked_mean
 from .configuration import ReBertaConfig
-from .encoder import Dropout, cls_output, load_encoder, token_lookup, use_rotary_positions
+from .encoder import Dropout, cls_output, load_encoder, recomputed, token_lookup, use_rotary_positions
 
 try:  # absent where transformers runs a copy of this file that it found beside saved weights
-    from utils import ConfigError, find_encoder
+    from pretrained import find_encoder
+    from utils import ConfigError
 except ImportError:
     ConfigError, find_encoder = ValueError, str  # type: ignore[misc, assignment]
 
@@ -77,7 +77,7 @@ class Batch(NamedTuple):
     input_ids: Tensor
     """[B, N, W]"""
     attention_mask: Tensor
-    """[B, N, W]"""
+    """[B, N, W] bool"""
     skip: Tensor
     """[B, N] bool: windows that are known to fail."""
     alive: list[int]
@@ -122,7 +122,7 @@ class RecurrentRoBERTa(PreTrainedModel):
                 options["num_labels"] = num_classes
             source = encoder if isinstance(encoder, PreTrainedConfig) else find_encoder(encoder)
             if not isinstance(source, PreTrainedConfig) and "cls_token_id" not in options:
-                options["cls_token_id"] = AutoTokenizer.from_pretrained(source).cls_token_id
+                options["cls_token_id"] = AutoTokenizer.from_pretrained(source, trust_remote_code=False).cls_token_id
             config = ReBertaConfig(**options)
         else:
             source = config.encoder_config
@@ -214,7 +214,7 @@ class RecurrentRoBERTa(PreTrainedModel):
         batch = _plan(
             token_lookup(self.encoder),
             input_ids[rows_B].gather(1, tokens_BNW),
-            attention_mask[rows_B].gather(1, tokens_BNW),
+            attention_mask[rows_B].gather(1, tokens_BNW).bool(),
             skip_BN[rows_B].gather(1, windows_BN),
         )
 
@@ -258,17 +258,16 @@ class RecurrentRoBERTa(PreTrainedModel):
         for start in range(0, windows, stride):
             chunk = range(start, min(start + stride, windows))
             arguments = (batch, chunk, carried, previous, document_BD, level == 2)
-            read = (
-                checkpoint(self._read_chunk, *arguments, use_reentrant=False, determinism_check="none")
-                if level
-                else self._read_chunk(*arguments)
+            chunk_states, chunk_gates, chunk_failed, carried = (
+                recomputed(self._read_chunk, *arguments) if level else self._read_chunk(*arguments)
             )
-            chunk_states, chunk_gates, chunk_failed, carried = read
             previous = chunk_states[-1]
             states += chunk_states
             gates += chunk_gates
             failed += chunk_failed
-        states_BND, gates_BN, failed_BN = pad_sequence(states), pad_sequence(gates), pad_sequence(failed)
+        together = batch.alive[-1] == batch.alive[0]  # pad_sequence would leave 2 KB of autograd's graph a window
+        states_BND = torch.stack(states, dim=1) if together else pad_sequence(states)
+        gates_BN, failed_BN = pad_sequence(gates), pad_sequence(failed)
         entered_B = gates_BN[:, 0]
         gates_BN = torch.cat([torch.zeros_like(gates_BN[:, :1]), gates_BN[:, 1:]], dim=1)
         return states_BND, gates_BN, failed_BN, entered_B
@@ -287,9 +286,10 @@ class RecurrentRoBERTa(PreTrainedModel):
         for i in chunk:
             b, width = batch.alive[i], batch.widths[i]
             embeds_bWD = batch.embed(batch.input_ids[:b, i, :width])
-            mask_bW = batch.attention_mask[:b, i, :width] if batch.padded[i] else None
+            mask_bW = batch.attention_mask[:b, i, :width].long() if batch.padded[i] else None
             cls_bD = embeds_bWD[:, 0].float()
-            carried = carried[:b] if carried is not None else None
+            if previous is not None and carried is not None and b < len(previous):  # others have ended
+                previous, carried = previous[:b], carried[:b]
             if i > 0 and carried is not None:
                 fused_bD, gate_b = self._let_in(cls_bD, carried, self.window_norm, self.window_gate)
             elif document_BD is not None:
@@ -297,12 +297,12 @@ class RecurrentRoBERTa(PreTrainedModel):
             else:
                 fused_bD, gate_b = cls_bD, torch.zeros_like(cls_bD[:, 0])
             entered = i > 0 or document_BD is not None
-            embeds_bWD = torch.cat([fused_bD.to(embeds_bWD.dtype).unsqueeze(1), embeds_bWD[:, 1:]], dim=1)
+            embeds_bWD = embeds_bWD.select_scatter(fused_bD.to(embeds_bWD.dtype), dim=1, index=0)
             state_bD = cls_output(self.encoder, embeds_bWD, mask_bW, recompute_layers=recompute_layers).float()
             if entered:
                 state_bD = self._blend(state_bD, fused_bD)
             finite_b = state_bD.isfinite().all(-1) & ~batch.skip[:b, i]
-            fallback_bD = previous[:b] if previous is not None else torch.zeros_like(state_bD)
+            fallback_bD = previous if previous is not None else torch.zeros_like(state_bD)
             state_bD = torch.where(finite_b.unsqueeze(-1), state_bD, fallback_bD)
             carried = self._carry_on(carried, state_bD)
             previous = state_bD
@@ -316,13 +316,13 @@ class RecurrentRoBERTa(PreTrainedModel):
         with torch.autocast(cls_bD.device.type, enabled=False):
             injected_bD = norm(carried_bD)
             z_bD = torch.sigmoid(gate(torch.cat([cls_bD, injected_bD], dim=-1)))
-            return (1 - z_bD) * cls_bD + z_bD * injected_bD, z_bD.mean(-1)
+            return torch.lerp(cls_bD, injected_bD, z_bD), z_bD.mean(-1)
 
     def _blend(self, output_bD: Tensor, fused_bD: Tensor) -> Tensor:
         """residual: s(i) = alpha h + (1 - alpha) fused. gated: s(i) = h, since the memory is the residual."""
         if self.config.carry == "gated":
             return output_bD
-        return self.config.alpha * output_bD + (1 - self.config.alpha) * fused_bD
+        return torch.lerp(fused_bD, output_bD, self.config.alpha)
 
     def _carry_on(self, carried_bD: Tensor | None, state_bD: Tensor) -> Tensor:
         """residual: s(i). gated: m(i) = k m(i-1) + (1 - k) s(i), k = sigmoid(carry_gate([s(i) ; m(i-1)]))."""
@@ -330,7 +330,7 @@ class RecurrentRoBERTa(PreTrainedModel):
             return state_bD
         with torch.autocast(state_bD.device.type, enabled=False):
             keep_bD = torch.sigmoid(self.carry_gate(torch.cat([state_bD, carried_bD], dim=-1)))
-            return keep_bD * carried_bD + (1 - keep_bD) * state_bD
+            return torch.lerp(state_bD, carried_bD, keep_bD)
 
     def _aggregate(self, batch: Batch, states_BND: Tensor, exists_BN: Tensor) -> Tensor:
         """Document states [B, D], in fp32 under autocast."""
@@ -370,10 +370,10 @@ def _plan(embed: Callable[[Tensor], Tensor], input_ids: Tensor, attention_mask: 
     """Count once, on the host, what each step of the pass needs; a skipped window is reduced to its first token."""
     input_ids = torch.where(skip.unsqueeze(-1), input_ids[:, :, :1], input_ids)
     first_only = torch.arange(input_ids.shape[2], device=input_ids.device) == 0
-    attention_mask = torch.where(skip.unsqueeze(-1), attention_mask * first_only, attention_mask)
+    attention_mask = torch.where(skip.unsqueeze(-1), attention_mask & first_only, attention_mask)
     positions_W = torch.arange(1, input_ids.shape[2] + 1, device=input_ids.device)
-    ends_BN = (attention_mask.ne(0) * positions_W).amax(-1)
-    ends, counts = torch.stack([ends_BN, attention_mask.ne(0).sum(-1)]).tolist()
+    ends_BN = (attention_mask * positions_W).amax(-1)
+    ends, counts = torch.stack([ends_BN, attention_mask.sum(-1)]).tolist()
     if any(row[0] == 0 for row in ends):
         raise ValueError("a document of the batch has no window: every row needs at least one token in its mask")
     windows = max(sum(end > 0 for end in row) for row in ends)

@@ -121,7 +121,7 @@ def test_all_faults_are_reported_at_once(tmp_path):
         ("--scheduler_type constant --num_warmup_steps 6", "constant_with_warmup"),
         ("--gradient_checkpointing --memory_level 0", "--memory_level 2"),
         ("--mixed_precision_type bf16", "needs --mixed_precision"),
-        ("--int8", "--int8 belongs to --mode evaluate, not train"),
+        ("--int8", "--int8 belongs to --mode evaluate and predict, not train"),
         ("--mode evaluate --model_path m --test_path t --int8 --mixed_precision", "two precisions"),
         ("--mode evaluate --model_path m --test_path t --int8 --device cuda", "does not go with --device cuda"),
         ("--alpha 0.5", "belongs to --carry residual"),

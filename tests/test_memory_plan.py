@@ -72,8 +72,8 @@ def run(arguments):
 @pytest.fixture
 def trainer(arguments) -> ReBertaTrainer:
     settings = parse_settings(arguments("--memory_level 2", "measured"))
-    folder, _ = open_run_folder(settings)
-    data = load_data(settings, folder)
+    with open_run_folder(settings) as (folder, _):
+        data = load_data(settings, folder)
     model = build_model(settings, data.train.label_names, data.tokenizer)
     return build_trainer(settings, data, folder, model, torch.device("cpu"), None, epochs=1, steps=None)
 

@@ -76,11 +76,12 @@ def assert_same(first: dict, second: dict, tolerance: float = 0.0) -> None:
 def test_a_run_leaves_these_files(run):
     trained = run("")
     assert {path.name for path in trained.run_folder.iterdir()} == {
-        *("settings.json", "environment.json", "train.log", "metrics.jsonl", "learning_curves.png"),
-        *("checkpoint-6", "checkpoint-12"),
+        *("settings.json", "environment.json", "status.json", "train.log", "metrics.jsonl", "learning_curves.png"),
+        *("checkpoint-6", "checkpoint-12", ".lock"),
     }
     assert {path.name for path in last_checkpoint(trained).iterdir()} == {
         *("config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
+        "manifest.json",
         *("reberta.py", "configuration.py", "encoder.py", "aggregation.py", "pipeline.py"),
     }
     assert (trained.best_model / "model.pt").is_file()

@@ -12,6 +12,7 @@ import pytest
 from tests.conftest import write_corpus
 
 ROOT = Path(__file__).parents[2]
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 
 
 @pytest.fixture(scope="session")

@@ -16,9 +16,9 @@ REPORT = {
 }
 MODEL = {
     *("config.json", "model.safetensors", "model.pt", "settings.json", "tokenizer.json", "tokenizer_config.json"),
-    *("reberta.py", "configuration.py", "encoder.py", "aggregation.py", "pipeline.py"),
+    *("reberta.py", "configuration.py", "encoder.py", "aggregation.py", "pipeline.py", "training_texts.safetensors"),
 }
-RUN = {"settings.json", "environment.json", "train.log", "metrics.jsonl", "learning_curves.png"}
+RUN = {"settings.json", "environment.json", "status.json", "train.log", "metrics.jsonl", "learning_curves.png", ".lock"}
 
 
 def names(folder) -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import shutil
@@ -13,7 +14,7 @@ import torch
 from transformers import AutoModel
 
 from config import Settings
-from tests.cli.conftest import ROOT
+from tests.cli.conftest import ROOT, TORCHRUN
 from tests.conftest import tiny_encoder, word_tokenizer, write_corpus
 
 README, CHINESE = ((ROOT / name).read_text(encoding="utf-8") for name in ("Readme.md", "Readme.zh-CN.md"))
@@ -48,7 +49,7 @@ def folder(tmp_path_factory) -> Path:
 def test_the_readmes_show_the_same_commands_and_options():
     assert commands(README) == commands(CHINESE)
     assert blocks(README, "python") == blocks(CHINESE, "python")
-    assert len(commands(README)) == 11
+    assert len(commands(README)) == 13
     for text in (README, CHINESE):
         rows = [line for line in text.splitlines() if line.startswith("| `--")]
         table = {name for row in rows for name in re.findall(r"`--(\w+)`", row.split("|")[1])}
@@ -62,14 +63,27 @@ def test_every_command_runs_and_the_python_after_them(folder, command):
         if words[0] == "make":
             done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
             assert "main.py --config configs/sotu.yaml" in done.stdout
+        elif words[0] == "torchrun":
+            done = subprocess.run(
+                [*TORCHRUN, *words[1:3], ROOT / words[3], *words[4:], "--device", "cpu"],
+                cwd=folder,
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": "1",
+                    "HF_HUB_OFFLINE": "1",
+                    "XDG_CACHE_HOME": str(folder / "xdg"),
+                },
+                capture_output=True,
+                text=True,
+            )
         else:
             assert words[0] == "python"
             extra = " --output_dir models/pretrained" if words[1] == "download_models.py" else " --device cpu"
             done = command(folder, shlex.join(words[2:]) + extra, script=words[1])
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         ran += 1
-    assert ran == 11
-    for name in ("first", "by-steps", "sotu"):
+    assert ran == 13
+    for name in ("first", "by-steps", "sotu", "two"):
         assert (folder / "models" / "saved" / name / "model.pt").is_file()
     [block] = blocks(README, "python")
     script = folder / "snippet.py"

@@ -18,6 +18,7 @@ from data_utils import cache, tokenization
 from data_utils.augmentation import Masking
 from data_utils.cache import DOCUMENTS, MANIFEST, QUARANTINE
 from data_utils.dataset import LongTextDataset, load_tokenizer
+from data_utils.overlap import text_hash
 from data_utils.windows import cut_windows
 from tests.data_utils.conftest import write_jsonl
 from utils import DataLoadError, ResourceError
@@ -83,6 +84,7 @@ def test_the_file_holds_what_each_document_gives_by_itself(make, corpus, tmp_pat
                 "labels": [row["label"]],
                 "id": row["id"],
                 "source": f"{corpus}:{number}",
+                "text_hash": text_hash(row["text"]),
                 "word_starts": tokens.word_starts[: len(read)].tolist() if preparation.words else None,
             }
         )

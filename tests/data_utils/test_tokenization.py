@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tokenizers import pre_tokenizers
 
-import utils
+import pretrained
 from data_utils import tokenization
 from data_utils.tokenization import load_tokenizer, tokenize
 from tests.data_utils.conftest import SAMPLE, random_text
@@ -127,7 +127,7 @@ def test_truncation_and_padding_set_before_do_not_matter(tokenizer):
 
 def test_load_tokenizer(tokenizer_folders, monkeypatch, tmp_path):
     assert load_tokenizer(tokenizer_folders["bert"]).cls_token == "[CLS]"
-    monkeypatch.setattr(utils, "PRETRAINED", tokenizer_folders["roberta"].parent)
+    monkeypatch.setattr(pretrained, "PRETRAINED", tokenizer_folders["roberta"].parent)
     assert load_tokenizer(tokenizer_folders["roberta"].name).cls_token == "<s>"
 
 

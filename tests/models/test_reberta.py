@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModel, DistilBertConfig
 
-import utils
+import pretrained
 from models.reberta import HiddenStates, RecurrentRoBERTa
 from tests.conftest import CLS, VOCABULARY, WIDTH, tiny_encoder, word_tokenizer
 from tests.models.conftest import build, documents
@@ -133,6 +133,20 @@ def test_memory_levels_give_the_same_gradients(encoder_config, carry, dropout):
     for name, expected in gradients[0].items():
         for other in gradients[1:]:
             torch.testing.assert_close(other[name], expected, atol=1e-5, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_recomputation_leaves_the_random_numbers_alone_and_can_be_repeated(encoder_config, level):
+    model = build(encoder_config, memory_level=level, dropout=0.2).train()
+    input_ids, mask = documents(LENGTHS)
+    loss = model(input_ids=input_ids, attention_mask=mask).logits.logsumexp(-1).sum()
+    with torch.random.fork_rng(devices=[]):
+        next_number = torch.rand(())
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    once, again = (torch.autograd.grad(loss, weights, retain_graph=True, allow_unused=True) for _ in range(2))
+    assert torch.rand(()) == next_number
+    for first, second in zip(once, again, strict=True):
+        torch.testing.assert_close(second, first)
 
 
 def test_memory_level_auto_goes_by_the_number_of_windows(encoder_config):
@@ -299,7 +313,7 @@ def test_a_pretrained_encoder_by_name_keeps_its_weights(tmp_path, monkeypatch):
     original = AutoModel.from_config(config, add_pooling_layer=True)
     original.save_pretrained(tmp_path / "roberta-base")
     word_tokenizer().save_pretrained(tmp_path / "roberta-base")
-    monkeypatch.setattr(utils, "PRETRAINED", tmp_path)
+    monkeypatch.setattr(pretrained, "PRETRAINED", tmp_path)
     model = RecurrentRoBERTa(num_classes=10, window_size=512, max_windows=50, num_repeats=2)
     expected = {name: value for name, value in original.state_dict().items() if not name.startswith("pooler.")}
     assert model.encoder.state_dict().keys() == expected.keys()

@@ -1,0 +1,56 @@
+"""Encoders on this machine: where they lie, and what a folder that anyone may have written must not ask for.
+
+transformers reads such a folder; it follows an index of weights out of the folder, and makes room for whatever number
+of labels or layers the configuration names.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from utils import ModelError
+
+PRETRAINED = Path(__file__).parent / "models" / "pretrained"
+MOST = {"num_hidden_layers": 1000, "num_labels": 100_000}
+
+
+def find_encoder(name: str | Path) -> str:
+    """Where transformers finds an encoder: a folder, else one below models/pretrained, else a name on the hub.
+
+    Raises:
+        ModelError: the folder's configuration is none, names numbers beyond measure or weights elsewhere.
+    """
+    local = PRETRAINED / name
+    found = local if not Path(name).exists() and local.is_dir() else Path(name)
+    if (found / "config.json").is_file():
+        _check_config(found / "config.json")
+    for index in found.glob("*.index.json"):
+        _check_index(index)
+    return str(found)
+
+
+def _check_config(path: Path) -> None:
+    config = _read(path)
+    for key, most in MOST.items():
+        value = config.get(key, 0)
+        if not isinstance(value, int) or value > most:
+            raise ModelError(f"{path}: refused, since its {key} is {value!r}; an encoder has {most:,} at most")
+
+
+def _check_index(path: Path) -> None:
+    names = _read(path).get("weight_map")
+    if not isinstance(names, dict):
+        raise ModelError(f"{path}: is damaged: it has no weight_map")
+    if outside := [name for name in names.values() if Path(str(name)).name != name]:
+        raise ModelError(f"{path}: refused, since it takes weights from outside of its folder: {outside[0]}")
+
+
+def _read(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelError(f"{path}: must hold a JSON object")
+    return content

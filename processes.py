@@ -1,0 +1,90 @@
+"""The processes of a command: signals that stop them, and several of them under torchrun.
+
+- `StopSignals`: SIGTERM and Ctrl-C, noted so that a run can save; `stop_at_once`, where there is nothing to save
+- `join_processes`: makes one group of those that torchrun started; without torchrun nothing changes
+- `gather`, `said_once`: what all of them know, and errors that all of them find
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from datetime import timedelta
+from typing import NoReturn, TypeVar
+
+import torch
+from accelerate import PartialState
+
+from utils import ReBertaError, StoppedError, is_main_process, logger
+
+LONGEST_WAIT = timedelta(hours=2)  # of one process for another, while process 0 prepares the data
+
+T = TypeVar("T")
+E = TypeVar("E", bound=ReBertaError)
+
+
+class StopSignals:
+    """While open, the first SIGTERM or Ctrl-C is only noted, in `received`; the second one acts at once.
+
+    Under torchrun later ones are ignored: its agent passes on to its processes what they got from the terminal already,
+    and kills them after 30 seconds if they do not end.
+    """
+
+    received: int | None = None
+
+    def __enter__(self) -> StopSignals:
+        self._owner = os.getpid()
+        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        if os.getpid() != self._owner or self.received:  # a data worker goes on until its owner ends it
+            return
+        logger.warning("%s: stopping after this step, to save it", signal.Signals(number).name)
+        self.received = number
+        if not under_torchrun():
+            self.__exit__()
+
+
+def stop_at_once(number: int, frame: object) -> NoReturn:
+    """The handler of SIGTERM outside of `StopSignals`: cleans up on the way out, as Ctrl-C does.
+
+    Raises:
+        StoppedError: always.
+    """
+    raise StoppedError(f"stopped by {signal.Signals(number).name}", number)
+
+
+def under_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def join_processes(device: torch.device) -> torch.device:
+    """Join the processes that torchrun started, by gloo on CPUs and NCCL on GPUs; give this one's own device.
+
+    Without torchrun nothing happens.
+    """
+    if not under_torchrun():
+        return device
+    return PartialState(cpu=device.type == "cpu", timeout=LONGEST_WAIT).device
+
+
+def said_once(error: E) -> E:
+    """The error that all joined processes have found together, so that process 0 alone reports it."""
+    if not is_main_process():
+        error.level = logging.DEBUG
+    return error
+
+
+def gather(own: T) -> list[T]:
+    """What each of the joined processes gives, in their order: in all of them, which must call this together."""
+    if not torch.distributed.is_initialized():
+        return [own]
+    everyones = [own] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyones, own)
+    return everyones
