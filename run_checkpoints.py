@@ -56,7 +56,7 @@ def fault(checkpoint: Path) -> str | None:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["files"]
         expected = {name: (entry["size"], entry["sha256"]) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
     if STATE_FILE not in expected:
         return f"{MANIFEST} does not list {STATE_FILE}"

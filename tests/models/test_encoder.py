@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModel
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from models.encoder import Dropout, load_encoder, token_lookup
 from models.quantization import quantize_int8
@@ -127,3 +128,15 @@ def test_int8_is_near_fp32():
     linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     assert "window_gate" in linear
     assert not [name for name in linear if name.startswith("encoder.")]
+
+
+def test_bf16_attention_minds_a_causal_mask():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 2, 4, 7, 8).bfloat16()
+    module = nn.Module()
+    module.num_key_value_groups = 1
+    ours, _ = ALL_ATTENTION_FUNCTIONS["reberta"](module, query, key, value, None, scaling=0.3, is_causal=True)
+    expected = nn.functional.scaled_dot_product_attention(
+        query.float(), key.float(), value.float(), scale=0.3, is_causal=True
+    )
+    torch.testing.assert_close(ours.float(), expected.transpose(1, 2), atol=2e-2, rtol=2e-2)
