@@ -111,9 +111,9 @@ def test_two_processes_evaluate_as_one(project, two, command, run_two):
 
 def test_a_signal_to_one_process_stops_both_and_they_go_on(project, two, start_two, run_two, command):
     """The weights, and the rows, of the run that nothing stopped. Another number of processes is refused."""
-    arguments = f"{TWO} --output_dir logs/stopped"
+    arguments = f"{TWO} --output_dir logs/two-stopped"
     process = start_two(project, arguments)
-    metrics = project / "logs" / "stopped" / "metrics.jsonl"
+    metrics = project / "logs" / "two-stopped" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and metrics.read_text().count("\n") > 2) and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -124,15 +124,15 @@ def test_a_signal_to_one_process_stops_both_and_they_go_on(project, two, start_t
     assert process.returncode != 0
     assert re.search(r"stopped at step (\d+) of 18, which is saved; the same command", console), console
     assert console.count(" ERROR ") == 1
-    status = json.loads((project / "logs" / "stopped" / "status.json").read_text())
+    status = json.loads((project / "logs" / "two-stopped" / "status.json").read_text())
     assert (status["state"], status["exit_code"]) == ("stopped", 143)
     done = command(project, arguments)
     assert done.returncode == 2
     assert "it had 2 processes, now 1" in done.stderr
     code, console = run_two(project, arguments)
     assert code == 0, console
-    assert "going on from logs/stopped/checkpoint-" in console
-    assert_same(project / "logs" / "stopped" / "checkpoint-18", two / "checkpoint-18")
+    assert "going on from logs/two-stopped/checkpoint-" in console
+    assert_same(project / "logs" / "two-stopped" / "checkpoint-18", two / "checkpoint-18")
 
 
 def test_a_document_that_fails_in_one_process_ends_both_with_one_message(project, run_two, encoder_folder):
@@ -165,8 +165,8 @@ def test_wrong_input_is_reported_once(project, run_two):
 
 
 def test_a_process_that_is_killed_ends_the_other(project, start_two):
-    process = start_two(project, f"{TWO} --epochs 400 --output_dir logs/killed".replace("--epochs 6 ", ""))
-    metrics = project / "logs" / "killed" / "metrics.jsonl"
+    process = start_two(project, f"{TWO} --epochs 400 --output_dir logs/two-killed".replace("--epochs 6 ", ""))
+    metrics = project / "logs" / "two-killed" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and metrics.read_text().count("\n") > 2) and time.monotonic() < deadline:
         time.sleep(0.01)
