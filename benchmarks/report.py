@@ -1,15 +1,20 @@
-"""docs/benchmarks.md and its figures, from the JSON files in benchmarks/results: every number there is generated.
+"""docs/benchmarks.md, docs/reliability.md and their figures, from benchmarks/results: every number there is generated.
 
     python -m benchmarks.report
 
 - a section a file: machine, versions, commands, table, figure; files of one benchmark (`speed-*.json`) stand together
-- what a person has to say stands in benchmarks/notes: `intro.md`, `<benchmark>.md`, and `<file>.md` for one of several
+- what a person has to say stands in benchmarks/notes: `intro.md` (`reliability.md`), `<benchmark>.md`, and `<file>.md`
+  for one of several
+- docs/reliability.md is written when there are results for each of its sections
 - a benchmark that has no table of its own here is shown as its rows are
 """
 
 from __future__ import annotations
 
 import json
+import math
+import statistics
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,12 +32,21 @@ RESULTS = BENCHMARKS / "results"
 NOTES = BENCHMARKS / "notes"
 PAGE = BENCHMARKS.parent / "docs" / "benchmarks.md"
 OURS = "ReBerta"
+STRIKES = ("while starting", "while training", "aimed at a save", "during a save")
+RELIABILITY = "reliability.md"  # beside PAGE
 TITLES = {
     "speed": "Speed",
     "memory": "Memory",
     "data": "Data",
     "accuracy": "Accuracy",
 }
+RELIABILITY_TITLES = {
+    "kills": "Kills, signals and damaged checkpoints",
+    "stress": "Stress",
+    "fuzz": "Fuzzing",
+}
+SETTLED = 0.25  # of a stage's time, in which libraries are imported and what is needed once is made
+CAPTIONS = {"stress": "over time"}
 
 Content = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -137,6 +151,75 @@ def plain_table(content: Content) -> str:
     return markdown_table(header, lines, left=1)
 
 
+def kills_table(content: Content) -> str:
+    """What was done to runs, damage by file, and every fault."""
+    struck = [row for row in content["rows"] if row["scenario"] != "damage"]
+    kinds = dict.fromkeys((row["scenario"], row["processes"]) for row in struck)
+    lines = [_kind_of_strike([row for row in struck if (row["scenario"], row["processes"]) == kind]) for kind in kinds]
+    header = ["done to the run", "processes", "exit codes", "runs", "process starts", *STRIKES, "runs at fault"]
+    parts = [markdown_table(header, lines, left=3)]
+    damages = [row for row in content["rows"] if row["scenario"] == "damage"]
+    kinds_of_damage = unique(damages, "damage")
+    lines = []
+    for of, file in dict.fromkeys((row["of"], row["file"]) for row in damages):
+        found = [find(damages, of=of, file=file, damage=damage) for damage in kinds_of_damage]
+        lines.append([of, file, *("" if row is None else "FAULT" if row["faults"] else "as it must" for row in found)])
+    if lines:
+        parts.append(markdown_table(["damage to", "file", *kinds_of_damage], lines, left=2 + len(kinds_of_damage)))
+    at_fault = [row for row in content["rows"] if row["faults"]]
+    parts.append(
+        f"Runs at fault: {len(at_fault)} of {len(content['rows'])} ({len(damages)} of them of damaged checkpoints)."
+    )
+    facts = ("scenario", "processes", "of", "file", "damage")
+    parts += [f"- {', '.join(row[key] for key in facts if key in row)}: {'; '.join(row['faults'])}" for row in at_fault]
+    return "\n\n".join(parts)
+
+
+def _kind_of_strike(rows: Sequence[Row]) -> list[str]:
+    codes = Counter(code for row in rows for code in row.get("exit codes", []))
+    return [
+        rows[0]["scenario"],
+        rows[0]["processes"],
+        ", ".join(f"{code} ({times} x)" for code, times in codes.items()),
+        number(len(rows)),
+        number(sum(row["starts"] for row in rows)),
+        *(number(sum(row.get(strike, 0) for row in rows)) for strike in STRIKES),
+        number(sum(bool(row["faults"]) for row in rows)),
+    ]
+
+
+def stress_table(content: Content) -> str:
+    """A row a figure, a column a stage."""
+    rows = content["rows"]
+    plain = {
+        "documents in": "documents_in",
+        "documents out": "documents_out",
+        "the same ids in the same order": "same_ids_in_order",
+        "the same predictions as in the evaluation": "predicts_as_evaluation",
+        "longest document, tokens": "longest",
+        "exit code": "exit_code",
+        "seconds": "seconds",
+    }
+    lines = [[name, *(number(row.get(key, "")) for row in rows)] for name, key in plain.items()]
+    read = [f"{row['tokens_read']:,} of {row['tokens']:,}" if "tokens" in row else "" for row in rows]
+    lines.append(["tokens read", *read])
+    for kind in ("resident", "private"):
+        ends = [_start_and_end(row[kind]) for row in rows]
+        thousands = [(1 - SETTLED) * row["documents_in"] / 1000 for row in rows]
+        grown = [f"{(end - start) / count:.2f}" for (start, end), count in zip(ends, thousands, strict=True)]
+        lines.append([f"{kind} memory, start, MB", *(number(start) for start, _ in ends)])
+        lines.append([f"{kind} memory, end, MB", *(number(end) for _, end in ends)])
+        lines.append([f"{kind} memory, peak, MB", *(number(row[f"{kind}_peak_mb"]) for row in rows)])
+        lines.append([f"{kind} memory, growth per 1,000 documents, MB", *grown])
+    return markdown_table(["", *(row["stage"] for row in rows)], lines, left=1)
+
+
+def _start_and_end(curve: Sequence[int]) -> tuple[float, float]:
+    """Medians of a twentieth of the curve each: right after the first quarter, and at the end."""
+    some, settled = math.ceil(len(curve) / 20), int(SETTLED * len(curve))
+    return statistics.median(curve[settled : settled + some]), statistics.median(curve[-some:])
+
+
 def _log_axes(axes: Axes, rows: Iterable[Row], label: str) -> None:
     lengths = sorted(unique(rows, "tokens"))
     axes.set_xscale("log")
@@ -188,8 +271,32 @@ def memory_figure(content: Content) -> Figure:
     return figure
 
 
-TABLES: dict[str, Callable[[Content], str]] = {"speed": speed_table, "memory": memory_table}
-FIGURES: dict[str, Callable[[Content], Figure]] = {"speed": speed_figure, "memory": memory_figure}
+def stress_figure(content: Content) -> Figure:
+    figure = Figure(figsize=(4 * len(content["rows"]), 3.5), layout="constrained")
+    panels = figure.subplots(1, len(content["rows"]), sharey=True, squeeze=False)[0]
+    for axes, row in zip(panels, content["rows"], strict=True):
+        for kind in ("resident", "private"):
+            axes.plot(row["time"], row[kind], label=kind)
+        axes.set_title(row["stage"])
+        axes.set_xlabel("seconds")
+        axes.set_ylim(bottom=0)
+        axes.grid(True)
+    panels[0].set_ylabel("memory, MB")
+    panels[0].legend()
+    return figure
+
+
+TABLES: dict[str, Callable[[Content], str]] = {
+    "speed": speed_table,
+    "memory": memory_table,
+    "kills": kills_table,
+    "stress": stress_table,
+}
+FIGURES: dict[str, Callable[[Content], Figure]] = {
+    "speed": speed_figure,
+    "memory": memory_figure,
+    "stress": stress_figure,
+}
 
 
 def origin(content: Content) -> str:
@@ -231,9 +338,18 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def render(contents: Mapping[str, Content]) -> str:
-    """The page, from the content of each file by its name without the ending."""
-    parts = ["# Benchmarks", *_note("intro")]
-    for benchmark, title in TITLES.items():
+    """The page of the benchmarks, from the content of each file by its name without the ending."""
+    parts = _sections(contents, TITLES) or ["There are no results in benchmarks/results yet."]
+    return "\n\n".join(["# Benchmarks", *_note("intro"), *parts]) + "\n"
+
+
+def render_reliability(contents: Mapping[str, Content]) -> str:
+    return "\n\n".join(["# Reliability", *_note("reliability"), *_sections(contents, RELIABILITY_TITLES)]) + "\n"
+
+
+def _sections(contents: Mapping[str, Content], titles: Mapping[str, str]) -> list[str]:
+    parts = []
+    for benchmark, title in titles.items():
         names = [name for name in contents if name.split("-")[0] == benchmark]
         if names:
             parts += [f"## {title}", *_note(benchmark)]
@@ -242,28 +358,28 @@ def render(contents: Mapping[str, Content]) -> str:
                 parts += [f"### {name}", *_note(name)]
             parts.append(section(contents[name]))
         drawn = figures({name: contents[name] for name in names})
-        parts += [f"![{title} by document length: {name}]({name}.png)" for name in drawn]
-    if not contents:
-        parts.append("There are no results in benchmarks/results yet.")
-    return "\n\n".join(parts) + "\n"
+        caption = f"{title} {CAPTIONS.get(benchmark, 'by document length')}"
+        parts += [f"![{caption}: {name}]({name}.png)" for name in drawn]
+    return parts
 
 
 def figures(contents: Mapping[str, Content]) -> dict[str, Content]:
     """What is drawn, by the figure's name: the rows of all files of a benchmark that are of one encoder's shape.
 
-    A curve needs two lengths.
+    A curve needs two lengths. The stress run has a figure of its own.
     """
     merged: dict[str, Content] = {}
     for content in contents.values():
-        if content.get("benchmark") in FIGURES:
+        if content.get("benchmark") in FIGURES and "layers" in content["options"]:
             name = "{}-{layers}x{width}".format(content["benchmark"], **content["options"])
             before = merged.get(name, {"rows": []})
             merged[name] = {"benchmark": content["benchmark"], "rows": [*before["rows"], *content["rows"]]}
-    return {
+    curves = {
         name: content
         for name, content in merged.items()
         if len(unique((row for row in content["rows"] if "error" not in row), "tokens")) > 1
     }
+    return curves | {f"{name}-memory": content for name, content in contents.items() if name == "stress"}
 
 
 def main() -> None:
@@ -272,6 +388,8 @@ def main() -> None:
         with mpl.rc_context(STYLE), atomic_path(PAGE.parent / f"{name}.png") as temporary:
             FIGURES[content["benchmark"]](content).savefig(temporary, dpi=DPI)
     write_text(PAGE, render(contents))
+    if RELIABILITY_TITLES.keys() <= contents.keys():
+        write_text(PAGE.with_name(RELIABILITY), render_reliability(contents))
 
 
 if __name__ == "__main__":

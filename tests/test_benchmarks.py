@@ -311,9 +311,12 @@ def test_speed_table_ratios_and_shares():
     assert "Roofline, fp32, GFLOP/s at start and end: 4, 2, 1." in table
 
 
-def test_the_committed_page_is_the_one_that_the_committed_results_give():
+def test_the_committed_pages_are_those_that_the_committed_results_give():
     contents = {path.stem: report._read(path) for path in sorted(report.RESULTS.glob("*.json"))}
-    text = report.PAGE.read_text(encoding="utf-8")
-    assert text == report.render(contents), "run python -m benchmarks.report"
-    for figure in re.findall(r"\]\((.*\.png)\)", text):
-        assert (report.PAGE.parent / figure).is_file()
+    assert report.RELIABILITY_TITLES.keys() <= contents.keys()
+    pages = {report.PAGE: report.render, report.PAGE.with_name(report.RELIABILITY): report.render_reliability}
+    for page, render in pages.items():
+        text = page.read_text(encoding="utf-8")
+        assert text == render(contents), "run python -m benchmarks.report"
+        for figure in re.findall(r"\]\((.*\.png)\)", text):
+            assert (page.parent / figure).is_file()
