@@ -21,6 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic.fields import FieldInfo
 
 from contradictions import contradictions
+from presets import with_preset
 from utils import ConfigError
 
 DEFAULT_ENCODER = "roberta-base"
@@ -105,21 +106,28 @@ class ModelOptions(Options):
         description="training: an encoder (name or folder) or a checkpoint to start from, roberta-base if absent; "
         "evaluation, prediction and export: the checkpoint, a .pt file or a folder",
     )
-    model_type: Literal["reberta"] = Field("reberta", description="the kind of model")
+    model_type: Literal["reberta", "head", "head_tail", "random_windows", "mean", "max", "tobert", "transformer"] = (
+        Field("reberta", description="the kind of model to train; all but reberta are baselines that fix some options")
+    )
     window_size: int = Field(256, ge=4, description="tokens a window, [CLS] and [SEP] included")
     window_overlap: int = Field(0, ge=0, description="tokens that two neighbouring windows share")
     num_repeats: int = Field(1, ge=1, description="times that the document is read")
     max_windows: int = Field(16, ge=1, description="windows of a document that are read at most")
+    read: Literal["first", "head_tail", "random"] = Field(
+        "first",
+        description="what is read of a document that is longer than its windows: its first tokens; a quarter of the "
+        "room from its head and the rest from its tail; or windows drawn at random (evenly spread outside of training)",
+    )
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout of the encoder's hidden states and of the head")
-    carry: Literal["gated", "residual"] = Field(
-        "gated", description="what a window hears of those before it: a memory that keeps, or the last state"
+    carry: Literal["gated", "residual", "none"] = Field(
+        "gated", description="what a window hears of those before it: a memory that keeps, the last state, or nothing"
     )
     alpha: float = Field(0.8, gt=0, le=1, description="carry residual: weight of the encoder's output in the state")
     global_alpha: float | None = Field(
         None, ge=0, le=1, description="aggregation encoder: fixed weight of the aggregate (learned from 0 if absent)"
     )
     gate_bias: float = Field(0.0, description="start value of the gates' biases; lower lets less in at first")
-    aggregation: Literal["encoder", "attention", "mean", "max"] = Field(
+    aggregation: Literal["encoder", "transformer", "attention", "mean", "max"] = Field(
         "encoder", description="how window states become the document's state"
     )
     position_encoding: Literal["absolute", "rope"] = Field(
@@ -157,6 +165,9 @@ class TrainingOptions(Options):
     )
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="keep a moving average of the weights, which is evaluated and saved"
+    )
+    freeze_except_last: int | None = Field(
+        None, ge=0, description="train only the last so many layers of the encoder, besides what it does not bring"
     )
     class_weights: Literal["none", "balanced"] = Field(
         "none", description="weigh classes in the loss by the inverse of their frequency"
@@ -261,7 +272,8 @@ def _validate(values: dict[str, Any], faults: list[str]) -> Settings:
         wrong = {str(fault["loc"][0]) for fault in error.errors()}
         faults += [_say(fault["loc"], fault["msg"], fault["input"]) for fault in error.errors()]
         settings = Settings(**{name: value for name, value in values.items() if name not in wrong})
-    faults += contradictions(settings)
+    settings, refused = with_preset(settings)
+    faults += refused + contradictions(settings)
     if faults:
         raise ConfigError("wrong options:\n" + "\n".join(f"  {fault}" for fault in dict.fromkeys(faults)))
     return settings

@@ -66,8 +66,20 @@ def contradictions(settings: Settings) -> list[str]:
             "--alpha belongs to --carry residual; with gated the memory takes its place",
         ),
         (
+            "gate_bias" in said and settings.carry == "none",
+            "--gate_bias does not go with --carry none, which has no gates",
+        ),
+        (
+            settings.num_repeats > 1 and settings.carry == "none",
+            "--num_repeats does not go with --carry none: nothing is carried into a second reading",
+        ),
+        (
             settings.global_alpha is not None and settings.aggregation != "encoder",
             f"--global_alpha belongs to --aggregation encoder, not {settings.aggregation}",
+        ),
+        (
+            settings.read == "random" and settings.window_overlap > 0,
+            "--window_overlap does not go with --read random, whose windows share no tokens",
         ),
         (
             settings.window_overlap >= settings.window_size - 2,

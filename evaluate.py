@@ -22,6 +22,7 @@ from models.checkpoint import Checkpoint, load_checkpoint_tokenizer, load_model_
 from models.quantization import quantize_int8
 from models.reberta import RecurrentRoBERTa
 from models.registry import READING
+from models.transformer import TransformerClassifier
 from processes import join_processes
 from utils import (
     ConfigError,
@@ -88,7 +89,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
 class Reader(NamedTuple):
     """A checkpoint that is ready to read documents."""
 
-    model: RecurrentRoBERTa
+    model: RecurrentRoBERTa | TransformerClassifier
     """On `device`, in 8 bits with `--int8`."""
     tokenizer: PreTrainedTokenizerBase
     label_names: list[str]
@@ -116,8 +117,9 @@ def load_reader(settings: Settings, device: torch.device) -> Reader:
     if settings.int8 and device.type != "cpu":
         raise ConfigError("--int8 computes on a CPU only; give --device cpu with it")
     checkpoint, tokenizer = load_model(settings.model_path)
+    written = {"read": "first", **checkpoint.settings}  # models of before that option have none
     learned = {
-        name: checkpoint.settings[name]
+        name: written[name]
         for name in (*READING, "text_column", "label_column")
         if name not in settings.model_fields_set
     }
@@ -128,10 +130,12 @@ def load_reader(settings: Settings, device: torch.device) -> Reader:
     settings = settings.model_copy(update=learned)
     model = checkpoint.model
     model.config.update({name: getattr(settings, name) for name in READING})
-    model.config.check(model.encoder)
+    model.check()
     model = model.to(device)
     precision = mixed_precision_type(settings.mixed_precision_type, device) if settings.mixed_precision else "fp32"
     if settings.int8:
+        if not isinstance(model, RecurrentRoBERTa):
+            raise ConfigError(f"{settings.model_path}: --int8 is for models with a pretrained encoder, not this one")
         model, precision = quantize_int8(model), "int8"
     id2label = checkpoint.label_maps["id2label"]
     label_names = [id2label[index] for index in range(len(id2label))]

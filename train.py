@@ -107,13 +107,14 @@ def load_data(settings: Settings, run: RunFolder) -> Data:
     train_set = LongTextDataset(
         settings.train_path,
         augmentation=masking(settings, tokenizer),
+        draw_windows=True,
         quarantine_path=run.quarantine("train"),
         **options,
     )
     options |= {"label_names": train_set.label_names}
     validation_set = LongTextDataset(settings.val_path, quarantine_path=run.quarantine("validation"), **options)
     if is_main_process():
-        run.record_data(expand_paths([*settings.train_path, *settings.val_path]))
+        run.record_data([*expand_paths(settings.train_path), *expand_paths(settings.val_path)])
     warn_of_overlap(validation_set, "validation", train_set.text_hashes)
     earlier = load_training_texts(source) if is_checkpoint(source) else None
     training_texts = train_set.text_hashes if earlier is None else np.union1d(earlier, train_set.text_hashes)

@@ -31,10 +31,10 @@ from data_utils.overlap import text_hash
 from data_utils.readers import Quarantine, checked_records
 from data_utils.records import Columns, ProblemType
 from data_utils.tokenization import Tokens, tokenize
-from data_utils.windows import capacity, check_window_options, flat_windows
+from data_utils.windows import Read, capacity, check_window_options, flat_windows, read_positions, word_starts_at
 from utils import ConfigError, DataLoadError, ResourceError, logger, writing_to
 
-FORMAT = 2
+FORMAT = 3
 DEFAULT_CACHE = Path.home() / ".cache" / "reberta"
 DOCUMENTS, QUARANTINE, MANIFEST = "documents.arrow", "quarantine.jsonl", "manifest.json"
 _FLUSH_TOKENS = 500_000
@@ -43,14 +43,16 @@ Row = tuple[str | list[str] | None, str, str, int]  # a document's label or labe
 
 SCHEMA = pa.schema(
     {
-        "windows": pa.list_(pa.int32()),  # the windows one after the other, without the padding of the last
+        # the windows one after the other, without the padding of the last; with `read` random the content tokens that
+        # windows are taken from
+        "windows": pa.list_(pa.int32()),
         "tokens": pa.int64(),  # content tokens of the whole document
         "tokens_read": pa.int64(),  # those that stand in windows, each counted once
         "labels": pa.list_(pa.string()),
         "id": pa.string(),
         "source": pa.string(),
         "text_hash": pa.int64(),
-        "word_starts": pa.list_(pa.bool_()),  # of the tokens read; null where words were not asked for
+        "word_starts": pa.list_(pa.bool_()),  # of the content tokens in `windows`; null where words were not asked for
     }
 )
 
@@ -69,19 +71,31 @@ class Preparation:
     problem_type: ProblemType
     skip_bad_lines: bool
     words: bool
+    read: Read = "first"
 
     def __post_init__(self) -> None:
-        check_window_options(self.window_size, self.window_overlap, self.max_windows)
+        check_window_options(self.window_size, self.window_overlap, self.max_windows, self.read)
         if self.max_len is not None and self.max_len < 1:
             raise ConfigError(f"--max_len {self.max_len}: must be at least 1")
 
     @property
     def token_limit(self) -> int | None:
         """How many content tokens of a document are read at most."""
-        limits = [] if self.max_len is None else [self.max_len]
-        if self.max_windows is not None:
-            limits.append(capacity(self.max_windows, self.window_size, self.window_overlap))
+        limits = [limit for limit in (self.max_len, self.room) if limit is not None]
         return min(limits, default=None)
+
+    @property
+    def room(self) -> int | None:
+        """How many content tokens the windows hold."""
+        if self.max_windows is None:
+            return None
+        return capacity(self.max_windows, self.window_size, self.window_overlap)
+
+    def positions(self, tokens: int, random: np.random.Generator | None = None) -> np.ndarray:
+        """Which of a document's content tokens are read (see `read_positions`)."""
+        if self.max_len is not None:
+            tokens = min(tokens, self.max_len)
+        return read_positions(tokens, self.room, self.read, self.window_size, random)
 
     def key(self) -> str:
         """A name for the cache of exactly this preparation."""
@@ -95,6 +109,7 @@ class Preparation:
             "tokenizers": tokenizers.__version__,
             "special": [self.tokenizer.cls_token_id, self.tokenizer.sep_token_id],
             "windows": [self.window_size, self.window_overlap, self.token_limit],
+            "read": [self.read, *([] if self.read == "first" else [self.max_len, self.room])],
             "reading": [self.columns, self.problem_type, self.skip_bad_lines, self.words],
         }
         return hashlib.sha256(json.dumps(content).encode("utf-8")).hexdigest()[:32]
@@ -123,31 +138,33 @@ class Preparation:
 
     def _record_batch(self, documents: list[tuple[Row, Tokens]]) -> pa.RecordBatch:
         rows, tokens = zip(*documents, strict=True)
-        labels, ids, sources, hashes = zip(*rows, strict=True)
-        limit = self.token_limit
-        read = [document.ids[:limit] for document in tokens]
-        read_D = np.array([len(document) for document in read])
-        windows, slots_D = flat_windows(
-            np.concatenate(read),
-            read_D,
-            self.window_size,
-            self.tokenizer.cls_token_id,
-            self.tokenizer.sep_token_id,
-            self.window_overlap,
-        )
+        labels, names, sources, hashes = zip(*rows, strict=True)
+        lengths_D = np.array([len(document.ids) for document in tokens])
+        if self.read == "random":
+            kept = [np.arange(length)[: self.max_len] for length in lengths_D]
+        else:
+            kept = [self.positions(length) for length in lengths_D]
+        ids = np.concatenate([document.ids[places] for document, places in zip(tokens, kept, strict=True)])
+        kept_D = np.array([len(places) for places in kept])
+        stored, slots_D = ids, kept_D
+        if self.read != "random":
+            special = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+            stored, slots_D = flat_windows(ids, kept_D, self.window_size, *special, self.window_overlap)
         columns = {
-            "windows": _lists(windows, slots_D),
-            "tokens": np.array([len(document.ids) for document in tokens]),
-            "tokens_read": read_D,
+            "windows": _lists(stored, slots_D),
+            "tokens": lengths_D,
+            "tokens_read": lengths_D if self.token_limit is None else np.minimum(lengths_D, self.token_limit),
             "labels": [[label] if isinstance(label, str) else label for label in labels],
-            "id": ids,
+            "id": names,
             "source": sources,
             "text_hash": hashes,
             "word_starts": [None] * len(documents),
         }
         if self.words:
-            starts = [document.word_starts[:limit] for document in tokens]
-            columns["word_starts"] = _lists(np.concatenate(starts), read_D)
+            starts = [
+                word_starts_at(document.word_starts, places) for document, places in zip(tokens, kept, strict=True)
+            ]
+            columns["word_starts"] = _lists(np.concatenate(starts), kept_D)
         return pa.record_batch(columns, schema=SCHEMA)
 
 

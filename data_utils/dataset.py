@@ -21,7 +21,6 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -36,7 +35,17 @@ from data_utils.records import Columns, ProblemType, check_text
 from data_utils.sampler import LongTextBatchSampler
 from data_utils.stream import DocumentPart
 from data_utils.tokenization import load_tokenizer, tokenize
-from data_utils.windows import capacity, content_positions, cut_windows
+from data_utils.windows import (
+    Read,
+    capacity,
+    check_window_options,
+    content_positions,
+    cut_windows,
+    flat_windows,
+    read_positions,
+    window_counts,
+    word_starts_at,
+)
 from utils import ConfigError, DataFormatError, atomic_path, logger
 
 __all__ = ["LongTextBatchSampler", "LongTextDataset", "Masking", "collate", "evaluation_loader", "load_tokenizer"]
@@ -52,6 +61,9 @@ class LongTextDataset(Dataset[dict[str, Any]]):
     `tokens_read` (those in windows, each counted once), `ids`, `sources` (file:line), `text_hashes`, and `labels`:
     int64 [documents], `multi_label` int8 [documents, C], or None. `label_names` gives the labels' order: as handed in,
     or sorted, whole numbers by value.
+
+    `read` says what is read of a document that is longer than `max_windows` (see `read_positions`); with `random`,
+    `draw_windows` draws it anew from (seed, epoch, document), else it is evenly spread.
 
     Raises DataFormatError (with file and line) for bad documents and labels that `label_names` does not know,
     DataLoadError for files that cannot be read, ModelError for a tokenizer that cannot be used, ConfigError for
@@ -79,6 +91,8 @@ class LongTextDataset(Dataset[dict[str, Any]]):
         sample_data: int | None = None,
         seed: int = 42,
         augmentation: Masking | None = None,
+        read: Read = "first",
+        draw_windows: bool = False,
     ) -> None:
         if sample_data is not None and sample_data < 1:
             raise ConfigError(f"--sample_data {sample_data}: must be at least 1")
@@ -95,7 +109,10 @@ class LongTextDataset(Dataset[dict[str, Any]]):
             problem_type=problem_type,
             skip_bad_lines=on_bad_lines == "skip",
             words=augmentation is not None and augmentation.whole_word,
+            read=read,
         )
+        self._draws = draw_windows and read == "random"
+        self._seed = seed
         folder = prepare(self.preparation, cache_dir)
         self._documents = datasets.Dataset.from_file(str(folder / DOCUMENTS))
         self.label_names = distinct_labels(self._column("labels")) if label_names is None else list(label_names)
@@ -109,8 +126,7 @@ class LongTextDataset(Dataset[dict[str, Any]]):
             self.labels = self.labels[self._rows]
         self.token_counts = self._column("tokens").to_numpy()[self._rows]
         self.tokens_read = self._column("tokens_read").to_numpy()[self._rows]
-        stored = pc.list_value_length(self._column("windows")).to_numpy()[self._rows]
-        self.window_counts = -(-stored.astype(np.int64) // window_size)
+        self.window_counts = window_counts(self.tokens_read, window_size, window_overlap)
         self._special_ids = np.array(self.tokenizer.all_special_ids)
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._log_coverage()
@@ -121,13 +137,19 @@ class LongTextDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = int(self._rows[index])
         flat = self._cell("windows", row)
+        positions = np.arange(self.tokens_read[index])
+        if self.preparation.read == "random":
+            random = np.random.default_rng([self._seed, int(self._epoch), row, 1]) if self._draws else None
+            positions = self.preparation.positions(len(flat), random)
+            special = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
+            flat, _ = flat_windows(flat[positions], self.tokens_read[[index]], self.preparation.window_size, *special)
         shape_NW = (int(self.window_counts[index]), self.preparation.window_size)
         input_ids = np.full(shape_NW, self.tokenizer.pad_token_id, dtype=np.int64)
         input_ids.reshape(-1)[: len(flat)] = flat
         attention_mask = torch.zeros(shape_NW, dtype=torch.int64)
         attention_mask.view(-1)[: len(flat)] = 1
         if self.augmentation is not None:
-            input_ids = self._masked(self.augmentation, input_ids, row, int(self.tokens_read[index]))
+            input_ids = self._masked(self.augmentation, input_ids, row, positions)
         item = {"input_ids": torch.from_numpy(input_ids), "attention_mask": attention_mask, "index": index}
         if self.labels is not None:
             item["labels"] = torch.as_tensor(self.labels[index], dtype=self._label_type)
@@ -160,7 +182,7 @@ class LongTextDataset(Dataset[dict[str, Any]]):
         return {"tokens_total": total, "tokens_read": read, "share": share, "documents_truncated": self.truncated}
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose masks are drawn; workers that are already running see it too."""
+        """Choose the epoch whose masks and windows are drawn; workers that are already running see it too."""
         self._epoch[0] = epoch
 
     @staticmethod
@@ -172,6 +194,7 @@ class LongTextDataset(Dataset[dict[str, Any]]):
         *,
         window_overlap: int = 0,
         max_len: int | None = None,
+        read: Read = "first",
     ) -> dict[str, Tensor]:
         """One text as `input_ids` and `attention_mask`, LongTensors [N, W]. Raises DataFormatError for a bad text.
 
@@ -179,11 +202,15 @@ class LongTextDataset(Dataset[dict[str, Any]]):
         """
         _, tokens = next(tokenize(tokenizer, [(None, check_text(text))]))
         special = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
-        windows = cut_windows(tokens.ids[:max_len], window_size, *special, window_overlap, max_windows)
+        ids = tokens.ids[:max_len]
+        check_window_options(window_size, window_overlap, max_windows, read)
+        room = None if max_windows is None else capacity(max_windows, window_size, window_overlap)
+        ids = ids[read_positions(len(ids), room, read, window_size)]
+        windows = cut_windows(ids, window_size, *special, window_overlap)
         input_ids, attention_mask = (torch.from_numpy(array).long() for array in windows)
-        room = min(capacity(len(input_ids), window_size, window_overlap), max_len or len(tokens.ids))
-        if len(tokens.ids) > room:
-            logger.warning("Of the text's %d tokens the first %d are read", len(tokens.ids), room)
+        if len(tokens.ids) > len(ids):
+            which = "the first " if read == "first" else ""
+            logger.warning("Of the text's %d tokens %s%d are read", len(tokens.ids), which, len(ids))
         return {"input_ids": input_ids, "attention_mask": attention_mask}
 
     @property
@@ -196,10 +223,13 @@ class LongTextDataset(Dataset[dict[str, Any]]):
     def _cell(self, name: str, row: int) -> np.ndarray:
         return self._column(name)[row].values.to_numpy(zero_copy_only=False)
 
-    def _masked(self, masking: Masking, input_ids: np.ndarray, row: int, tokens: int) -> np.ndarray:
-        positions = content_positions(tokens, self.preparation.window_size, self.preparation.window_overlap)
+    def _masked(self, masking: Masking, input_ids: np.ndarray, row: int, read: np.ndarray) -> np.ndarray:
+        """`read` says which of the stored content tokens stand in the windows."""
+        positions = content_positions(len(read), self.preparation.window_size, self.preparation.window_overlap)
         positions[np.isin(input_ids, self._special_ids)] = -1
-        word_starts = self._cell("word_starts", row) if masking.whole_word else np.ones(tokens, dtype=bool)
+        word_starts = np.ones(len(read), dtype=bool)
+        if masking.whole_word:
+            word_starts = word_starts_at(self._cell("word_starts", row), read)
         return masking.apply(input_ids, positions, word_starts, int(self._epoch), row)
 
     def _known_labels(self) -> tuple[np.ndarray | None, np.ndarray]:
@@ -290,8 +320,9 @@ def collate(items: Sequence[dict[str, Any]], pad_token_id: int = 0) -> dict[str,
 
 def dataset_options(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The arguments of `LongTextDataset` that the settings decide, the same for every set."""
-    reading = ("max_len", "window_size", "max_windows", "window_overlap", "text_column", "label_column", "problem_type")
-    options = {name: getattr(settings, name) for name in (*reading, "on_bad_lines", "sample_data", "seed")}
+    reading = ("max_len", "window_size", "max_windows", "window_overlap", "read")
+    corpus = ("text_column", "label_column", "problem_type", "on_bad_lines", "sample_data", "seed")
+    options = {name: getattr(settings, name) for name in (*reading, *corpus)}
     return {**options, "tokenizer": tokenizer, "cache_dir": Path(settings.cache_dir).expanduser()}
 
 

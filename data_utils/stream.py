@@ -38,7 +38,7 @@ class DocumentPart(Dataset[dict[str, Any]]):
         self.token_counts: list[int] = []
         for _, tokens in tokenize(self.tokenizer, ((None, record.text) for record in records)):
             self.token_counts.append(len(tokens.ids))
-            self._tokens.append(tokens.ids[: preparation.token_limit].copy())
+            self._tokens.append(tokens.ids[preparation.positions(len(tokens.ids))])
         self.tokens_read = [len(ids) for ids in self._tokens]
         self.window_counts = np.array([window_count(tokens, *self._windows) for tokens in self.tokens_read])
 

@@ -2,6 +2,7 @@
 
 - a window is [CLS] + at most W-2 content tokens + [SEP], padded on the right
 - neighbours share `overlap` content tokens; no window holds only what the one before already held
+- what is read of a document that is longer than its windows: its first tokens, head and tail, or windows from all over
 - the mask follows from lengths, never from comparing with the pad id
 - one document as padded windows, or many at once as the flat windows that are stored
 
@@ -10,14 +11,20 @@ N windows, W tokens a window, T content tokens, D documents.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 
 from utils import ConfigError
 
+Read = Literal["first", "head_tail", "random"]
+
 SPECIALS = 2  # [CLS] and [SEP]
 
 
-def check_window_options(window_size: int, overlap: int = 0, max_windows: int | None = None) -> None:
+def check_window_options(
+    window_size: int, overlap: int = 0, max_windows: int | None = None, read: Read = "first"
+) -> None:
     """Raise ConfigError unless windows of this shape can be cut."""
     if window_size <= SPECIALS:
         raise ConfigError(f"--window_size {window_size}: a window needs room for [CLS], [SEP] and a token; at least 3")
@@ -28,6 +35,8 @@ def check_window_options(window_size: int, overlap: int = 0, max_windows: int | 
         )
     if max_windows is not None and max_windows < 1:
         raise ConfigError(f"--max_windows {max_windows}: must be at least 1")
+    if read == "random" and overlap:
+        raise ConfigError(f"--window_overlap {overlap} does not go with --read random, whose windows share no tokens")
 
 
 def window_count(tokens: int, window_size: int, overlap: int = 0, max_windows: int | None = None) -> int:
@@ -37,10 +46,49 @@ def window_count(tokens: int, window_size: int, overlap: int = 0, max_windows: i
     return wanted if max_windows is None else min(wanted, max_windows)
 
 
+def window_counts(lengths_D: np.ndarray, window_size: int, overlap: int = 0) -> np.ndarray:
+    """`window_count` of many documents."""
+    content = window_size - SPECIALS
+    return 1 + np.maximum(0, -(-(lengths_D - content) // (content - overlap)))
+
+
 def capacity(windows: int, window_size: int, overlap: int = 0) -> int:
     """How many content tokens `windows` windows hold, each counted once."""
     content = window_size - SPECIALS
     return content + (windows - 1) * (content - overlap)
+
+
+def read_positions(
+    tokens: int, limit: int | None, read: Read, window_size: int, random: np.random.Generator | None = None
+) -> np.ndarray:
+    """Which of a document's content tokens stand in its windows, all of which hold `limit` tokens: int64, ascending.
+
+    `first`: the first ones. `head_tail`: from the head a quarter of the room (special tokens counted in), the rest from
+    the tail: of 510 tokens 128 and 382, as in Sun et al. 2019, "How to Fine-Tune BERT for Text Classification?".
+    `random`: whole windows, which share no tokens: with `random` drawn among all of those that follow each other from a
+    drawn place on, without it in the middle of equal parts of the document.
+    """
+    if limit is None or tokens <= limit:
+        return np.arange(tokens)
+    if read == "first":
+        return np.arange(limit)
+    if read == "head_tail":
+        head = (limit + SPECIALS) // 4
+        return np.concatenate([np.arange(head), np.arange(tokens - (limit - head), tokens)])
+    content = window_size - SPECIALS
+    windows = limit // content
+    if random is None:
+        starts_N = (np.arange(windows) * tokens + (tokens - limit) // 2) // windows
+    else:
+        whole = tokens // content
+        chosen_N = np.sort(random.choice(whole, windows, replace=False))
+        starts_N = random.integers(tokens - whole * content, endpoint=True) + chosen_N * content
+    return (starts_N[:, None] + np.arange(content)).reshape(-1)
+
+
+def word_starts_at(word_starts_T: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Which of the tokens at `positions` start a word, bool; the rest of a word whose start is left out is one too."""
+    return word_starts_T[positions] | (np.diff(positions, prepend=-2) != 1)
 
 
 def content_positions(tokens: int, window_size: int, overlap: int = 0) -> np.ndarray:
@@ -89,7 +137,7 @@ def flat_windows(
     """
     content = window_size - SPECIALS
     step = content - overlap
-    windows_D = 1 + np.maximum(0, -(-(lengths_D - content) // step))
+    windows_D = window_counts(lengths_D, window_size, overlap)
     places_N = np.arange(windows_D.sum()) - np.repeat(np.cumsum(windows_D) - windows_D, windows_D)
     sizes_N = np.minimum(np.repeat(lengths_D, windows_D) - places_N * step, content) + SPECIALS
     ends_N = np.cumsum(sizes_N)

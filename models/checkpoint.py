@@ -31,8 +31,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
-from models.configuration import ReBertaConfig
 from models.reberta import RecurrentRoBERTa
+from models.transformer import TransformerClassifier
 from utils import TEMPORARY, ModelError, error_handler, validate_params, writing_to
 
 FORMAT = 1
@@ -41,13 +41,16 @@ SETTINGS_FILE = "settings.json"
 WEIGHTS_FILE = "model.safetensors"
 TEXTS_FILE = "training_texts.safetensors"
 _TEXTS = "training_texts"
+MODELS: dict[str, type[RecurrentRoBERTa | TransformerClassifier]] = {
+    model.config_class.model_type: model for model in (RecurrentRoBERTa, TransformerClassifier)
+}
 _PARTS = {"config": dict, "settings": dict, "tokenizer": dict, "state_dict": dict}
 
 
 class Checkpoint(NamedTuple):
     """`model, settings, label_maps = load_model_and_config(path)`"""
 
-    model: RecurrentRoBERTa
+    model: RecurrentRoBERTa | TransformerClassifier
     settings: dict[str, Any]
     """The options that the model was trained with."""
     label_maps: dict[str, dict]
@@ -63,13 +66,13 @@ def is_checkpoint(path: str | Path) -> bool:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(config, dict) and config.get("model_type") == "reberta"
+    return isinstance(config, dict) and config.get("model_type") in MODELS
 
 
 @error_handler(error_type=ModelError)
 @validate_params(settings=dict, folder=(str, Path))
 def save_checkpoint(
-    model: RecurrentRoBERTa,
+    model: RecurrentRoBERTa | TransformerClassifier,
     tokenizer: PreTrainedTokenizerBase,
     settings: dict[str, Any],
     folder: str | Path,
@@ -123,7 +126,7 @@ def load_model_and_config(path: str | Path) -> Checkpoint:
         _check_sizes(config, state)
     except Exception as error:  # whatever transformers makes of a configuration that anyone may have written
         raise ModelError(f"{path}: its weights do not fit its configuration: {error}") from error
-    model = RecurrentRoBERTa(ReBertaConfig.from_dict(config))
+    model = _build(config)
     model.load_state_dict(state)
     maps = {"id2label": dict(model.config.id2label), "label2id": dict(model.config.label2id)}
     return Checkpoint(model.eval(), settings, maps)
@@ -237,15 +240,20 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"{path}: is damaged: {error}") from error
 
 
+def _build(config: dict[str, Any]) -> RecurrentRoBERTa | TransformerClassifier:
+    model_class = MODELS[config["model_type"]]
+    return model_class(model_class.config_class.from_dict(config))
+
+
 def _check_sizes(config: dict[str, Any], state: dict[str, Tensor]) -> None:
     """Raises ValueError where a model of this configuration has other tensors, before memory is taken for them."""
     counts = {"num_hidden_layers": len(state), "num_labels": len(state["classifier.bias"])}
-    for part in (config, config["encoder_config"]):
+    for part in (config, config.get("encoder_config", {})):
         for name, most in counts.items():
             if part.get(name, 0) > most:
                 raise ValueError(f"{name} is {part[name]}, more than the weights are of")
     with torch.device("meta"), no_init_weights():
-        expected = RecurrentRoBERTa(ReBertaConfig.from_dict(copy.deepcopy(config))).state_dict()
+        expected = _build(copy.deepcopy(config)).state_dict()
     names = sorted(expected.keys() ^ state.keys())
     names += [name for name in expected if name in state and expected[name].shape != state[name].shape]
     if names:

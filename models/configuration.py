@@ -16,6 +16,9 @@ except ImportError:
     ConfigError = ValueError  # type: ignore[misc, assignment]
 
 
+CARRIES = ("gated", "residual", "none")
+
+
 class ReBertaConfig(PreTrainedConfig):
     """What `RecurrentRoBERTa` is built from. `id2label`, `label2id` and `problem_type` are transformers' own."""
 
@@ -26,6 +29,7 @@ class ReBertaConfig(PreTrainedConfig):
     window_overlap: int = 0
     max_windows: int = 16
     max_len: int | None = None
+    read: str = "first"
     num_repeats: int = 1
     carry: str = "gated"
     alpha: float = 0.8
@@ -53,13 +57,20 @@ class ReBertaConfig(PreTrainedConfig):
             faults.append(f"window_size is {self.window_size}; this encoder takes windows of 4 to {positions} tokens")
         if not 0 <= self.window_overlap < self.window_size - 2:
             faults.append(f"window_overlap is {self.window_overlap}; it must leave room in {self.window_size} tokens")
+        if self.carry == "none" and self.num_repeats > 1:
+            faults.append(
+                f"num_repeats is {self.num_repeats}; with carry 'none' nothing is carried into a second reading"
+            )
+        if self.read == "random" and self.window_overlap:
+            faults.append(f"window_overlap is {self.window_overlap}; windows that are read at random share no tokens")
         if self.aggregation == "encoder" and self.max_windows > positions - 2:
             faults.append(
                 f"max_windows is {self.max_windows}; aggregation by this encoder takes at most {positions - 2}: "
-                "use aggregation 'attention', 'mean' or 'max', or fewer windows"
+                "use another aggregation or fewer windows"
             )
         for name, choices in (
-            ("carry", ("gated", "residual")),
+            ("read", ("first", "head_tail", "random")),
+            ("carry", CARRIES),
             ("aggregation", AGGREGATIONS),
             ("position_encoding", ("absolute", "rope")),
             ("memory_level", ("auto", 0, 1, 2)),

@@ -59,9 +59,11 @@ def export(settings: Settings) -> Path:
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"--output_dir {folder}: is not empty; give another folder")
     model = load_model_and_config(settings.model_path).model
+    if not isinstance(model, RecurrentRoBERTa):
+        raise ConfigError(f"{settings.model_path}: --mode export takes models with a window encoder, not this one")
     tokenizer = load_checkpoint_tokenizer(settings.model_path)
     model.config.update({name: getattr(settings, name) for name in READING if name in settings.model_fields_set})
-    model.config.check(model.encoder)
+    model.check()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         fresh = Path(scratch) / "new"
@@ -80,7 +82,7 @@ def write_folder(model: RecurrentRoBERTa, tokenizer: PreTrainedTokenizerBase, fo
     with torch.no_grad():
         np.save(folder / "embeddings.npy", table(torch.arange(table.num_embeddings)).numpy())
     config = model.config
-    fields = ("window_size", "window_overlap", "max_windows", "max_len", "num_repeats", "aggregation")
+    fields = ("window_size", "window_overlap", "max_windows", "max_len", "num_repeats", "aggregation", "carry", "read")
     content = {
         **{name: getattr(config, name) for name in (*fields, "problem_type", "thresholds")},
         **{name: getattr(tokenizer, name) for name in ("cls_token_id", "sep_token_id", "pad_token_id")},
@@ -104,10 +106,11 @@ def _write_graphs(model: RecurrentRoBERTa, folder: Path) -> None:
     aggregate = ["aggregate"] if config.aggregation == "encoder" else []
     graphs: list[tuple[str, Callable[..., Any], list[str], list[str]]] = [
         ("encoder", _encode, ["embeddings", "attention_mask"], ["output"]),
-        ("enter", _enter, ["cls", "carried"], ["fused"]),
         ("carry", _carry, ["output", "fused", "carried"], ["state", "content", "carried_on"]),
         ("head", _head, ["states", *aggregate], ["document", "logits"]),
     ]
+    if config.carry != "none":
+        graphs.append(("enter", _enter, ["cls", "carried"], ["fused"]))
     if config.num_repeats > 1:
         graphs.append(("enter_again", _enter_again, ["cls", "carried"], ["fused"]))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports each operator of torchvision as missing
@@ -158,7 +161,9 @@ def _carry(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A window's state, what stands for it in the aggregation, and what is carried on."""
     state_BD = model._blend(output_BD, fused_BD)
-    return state_BD, model.window_norm(state_BD), model._carry_on(carried_BD, state_BD)
+    content_BD = model.window_norm(state_BD) if model.config.aggregation == "encoder" else state_BD
+    carried_on_BD = model._carry_on(carried_BD, state_BD)
+    return state_BD, content_BD, state_BD if carried_on_BD is None else carried_on_BD
 
 
 def _head(model: RecurrentRoBERTa, states_BND: Tensor, *aggregate: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,7 +171,7 @@ def _head(model: RecurrentRoBERTa, states_BND: Tensor, *aggregate: Tensor) -> tu
     exists_BN = torch.ones(states_BND.shape[:2], dtype=torch.bool)
     if model.config.aggregation == "max":
         document_BD = masked_max(states_BND, exists_BN)
-    elif model.config.aggregation == "attention":
+    elif model.config.aggregation in ("attention", "transformer"):
         document_BD = model.aggregation(states_BND, exists_BN)
     else:
         document_BD = masked_mean(states_BND, exists_BN)

@@ -6,7 +6,7 @@ It needs numpy, onnxruntime and tokenizers, and stands in the exported folder as
 
 - `OnnxReBerta(folder)`: `predict`, texts to labels; `logits`, the windows of one document to class scores
 - window after window, padding left off: besides the tokens themselves a document costs one vector a window
-- `cut_windows`: tokens to windows, as in training
+- `what_is_read`, `cut_windows`: tokens to windows, as in evaluation
 
 Shapes: N windows, W tokens of a window, L tokens of the one at hand, D hidden size, C classes.
 """
@@ -43,9 +43,11 @@ class OnnxReBerta:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True  # special tokens written out in a text are plain text
         self._embeddings_VD = np.load(folder / "embeddings.npy", mmap_mode="r")
-        self._encoder, self._enter, self._carry, self._head = (
-            _load(folder / f"{name}.onnx", threads) for name in ("encoder", "enter", "carry", "head")
+        self._encoder, self._carry, self._head = (
+            _load(folder / f"{name}.onnx", threads) for name in ("encoder", "carry", "head")
         )
+        if self.config["carry"] != "none":
+            self._enter = _load(folder / "enter.onnx", threads)
         if self.config["num_repeats"] > 1:
             self._enter_again = _load(folder / "enter_again.onnx", threads)
 
@@ -94,6 +96,8 @@ class OnnxReBerta:
             state_1D, content_1D, carried_1D = self._carry(output_1D, *before)
             if not np.isfinite(state_1D).all():
                 raise ValueError(f"window {len(states)} of the document gives a state that is not finite")
+            if self.config["carry"] == "none":
+                carried_1D = None
             states.append(state_1D)
             contents.append(content_1D)
         aggregate = []
@@ -119,9 +123,10 @@ class OnnxReBerta:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         special = config["cls_token_id"], config["sep_token_id"], config["pad_token_id"]
         size, overlap = config["window_size"], config["window_overlap"]
-        windows = cut_windows(ids[: config["max_len"]], size, *special, overlap, config["max_windows"])
-        room = size - 2 + (len(windows[0]) - 1) * (size - 2 - overlap)
-        read = {"tokens": len(ids), "tokens_read": min(len(ids[: config["max_len"]]), room)}
+        room = size - 2 + (config["max_windows"] - 1) * (size - 2 - overlap)
+        read_ids = what_is_read(ids[: config["max_len"]], room, config["read"], size)
+        windows = cut_windows(read_ids, size, *special, overlap)
+        read = {"tokens": len(ids), "tokens_read": len(read_ids)}
         scores_C = self.logits(*windows).astype(np.float64)
         if config["problem_type"] == "multi_label_classification":
             scores_C = 1 / (1 + np.exp(-scores_C))
@@ -146,18 +151,26 @@ def _load(path: Path, threads: int) -> Graph:
     return lambda *arrays: session.run(None, dict(zip(names, arrays, strict=True)))
 
 
-def cut_windows(
-    token_ids: Sequence[int],
-    window_size: int,
-    cls_id: int,
-    sep_id: int,
-    pad_id: int,
-    overlap: int = 0,
-    max_windows: int | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Cut content tokens into `input_ids` and `attention_mask`, both int64 [N, W]; what does not fit is left out."""
+def what_is_read(token_ids: Sequence[int], room: int, read: str, window_size: int) -> Sequence[int]:
+    """The tokens that are read of a document: its first ones, head and tail, or windows that are evenly spread."""
+    tokens = len(token_ids)
+    if tokens <= room or read == "first":
+        return token_ids[:room]
+    if read == "head_tail":
+        head = (room + 2) // 4
+        return [*token_ids[:head], *token_ids[tokens - (room - head) :]]
     content = window_size - 2
-    starts = range(0, max(len(token_ids) - overlap, 1), content - overlap)[:max_windows]
+    windows = room // content
+    starts = [(i * tokens + (tokens - room) // 2) // windows for i in range(windows)]
+    return [token for start in starts for token in token_ids[start : start + content]]
+
+
+def cut_windows(
+    token_ids: Sequence[int], window_size: int, cls_id: int, sep_id: int, pad_id: int, overlap: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cut content tokens into `input_ids` and `attention_mask`, both int64 [N, W]."""
+    content = window_size - 2
+    starts = range(0, max(len(token_ids) - overlap, 1), content - overlap)
     input_ids_NW = np.full((len(starts), window_size), pad_id, dtype=np.int64)
     attention_mask_NW = np.zeros_like(input_ids_NW)
     for row, start in enumerate(starts):

@@ -16,27 +16,33 @@ CUSTOM_PIPELINES = {
 }
 
 
+def _what_is_read(ids: list[int], room: int, read: str, content: int) -> list[int]:
+    """Those of a document's tokens that stand in windows, as `read_positions` of `data_utils.windows` chooses them."""
+    if len(ids) <= room or read == "first":
+        return ids[:room]
+    if read == "head_tail":
+        head = (room + 2) // 4
+        return ids[:head] + ids[len(ids) - (room - head) :]
+    windows = room // content
+    starts = [(i * len(ids) + (len(ids) - room) // 2) // windows for i in range(windows)]
+    return [token for start in starts for token in ids[start : start + content]]
+
+
 class ReBertaPipeline(TextClassificationPipeline):
     """`pipeline("text-classification", model=DIR, trust_remote_code=True)` reads up to `max_windows` windows."""
 
     def preprocess(self, inputs: str, **tokenizer_kwargs: Any) -> dict[str, Tensor]:
-        config = self.model.config
-        if config.max_len is not None:
-            plain = {"add_special_tokens": False, "split_special_tokens": True, "return_offsets_mapping": True}
-            offsets = self.tokenizer(inputs, **plain)["offset_mapping"]
-            inputs = inputs[: offsets[: config.max_len][-1][1]]
-        windows = self.tokenizer(
-            inputs,
-            max_length=config.window_size,
-            stride=config.window_overlap,
-            truncation=True,
-            padding="max_length",
-            return_overflowing_tokens=True,
-            split_special_tokens=True,
-            return_tensors="pt",
-            **tokenizer_kwargs,
-        )
-        return {name: windows[name][: config.max_windows].unsqueeze(0) for name in ("input_ids", "attention_mask")}
+        config, tokenizer = self.model.config, self.tokenizer
+        plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        ids = tokenizer(inputs, **plain, **tokenizer_kwargs)["input_ids"][: config.max_len]
+        content = config.window_size - 2
+        step = content - config.window_overlap
+        ids = _what_is_read(ids, content + (config.max_windows - 1) * step, config.read, content)
+        cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
+        starts = range(0, max(1, len(ids) - config.window_overlap), step)
+        windows = {"input_ids": [[cls, *ids[start : start + content], sep] for start in starts]}
+        padded = tokenizer.pad(windows, padding="max_length", max_length=config.window_size, return_tensors="pt")
+        return {name: padded[name].unsqueeze(0) for name in ("input_ids", "attention_mask")}
 
     def _forward(self, model_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         return {"logits": self.model(**model_inputs).logits}

@@ -2,8 +2,8 @@
 
 - windows in the encoder's own format, read in order; each document on its own
 - a gated [CLS]: what was read enters the next window through its [CLS] word embedding
-- `carry`: the last state itself (`residual`) or a memory that keeps (`gated`)
-- the window states are aggregated by the same encoder, by attention, by mean or by max
+- `carry`: the last state itself (`residual`), a memory that keeps (`gated`), or nothing (`none`)
+- the window states are aggregated by the same encoder, a small Transformer, attention, mean or max
 - `num_repeats`: the document is read again with what is then known of it
 - memory levels: activations are kept, or computed again in the backward pass
 - a window whose state is not finite is left out and reported, never skipped in silence
@@ -32,7 +32,7 @@ from transformers import (
 )
 from transformers import initialization as init
 
-from .aggregation import AttentionAggregation, EncoderAggregation, masked_max, masked_mean
+from .aggregation import AttentionAggregation, EncoderAggregation, TransformerAggregation, masked_max, masked_mean
 from .configuration import ReBertaConfig
 from .encoder import Dropout, cls_output, load_encoder, recomputed, token_lookup, use_rotary_positions
 
@@ -136,8 +136,10 @@ class RecurrentRoBERTa(PreTrainedModel):
         self.encoder = window_encoder
         if config.position_encoding == "rope":
             use_rotary_positions(self.encoder)
-        self.window_norm = nn.LayerNorm(size)
-        self.window_gate = nn.Linear(2 * size, size)
+        if config.carry != "none" or config.aggregation == "encoder":
+            self.window_norm = nn.LayerNorm(size)
+        if config.carry != "none":
+            self.window_gate = nn.Linear(2 * size, size)
         if config.carry == "gated":
             self.carry_gate = nn.Linear(2 * size, size)
         if config.num_repeats > 1:
@@ -147,6 +149,8 @@ class RecurrentRoBERTa(PreTrainedModel):
             self.aggregation: nn.Module = EncoderAggregation(config.global_alpha)
         elif config.aggregation == "attention":
             self.aggregation = AttentionAggregation(size)
+        elif config.aggregation == "transformer":
+            self.aggregation = TransformerAggregation(size, window_encoder.config.num_attention_heads, config.dropout)
         self.pooler = nn.Linear(size, size)
         self.dropout = Dropout(config.dropout)
         self.classifier = nn.Linear(size, config.num_labels)
@@ -227,7 +231,6 @@ class RecurrentRoBERTa(PreTrainedModel):
             global_gates.append(entered_B)
             failures.append(failed_BN)
         assert document_BD is not None
-        logits_BC = self._head(document_BD)
 
         back_B = torch.argsort(rows_B)
         slots_BN = torch.argsort(windows_BN, dim=1)[back_B]
@@ -243,7 +246,7 @@ class RecurrentRoBERTa(PreTrainedModel):
             global_gates=torch.stack([entered_B[back_B] for entered_B in global_gates]),
             window_failures=in_place(torch.stack(failures).any(0)),
         )
-        return ReBertaOutput(logits_BC[back_B], hidden_states)
+        return ReBertaOutput(self._head(document_BD)[back_B], hidden_states)
 
     def _read_windows(self, batch: Batch, document_BD: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """One pass over the windows: states [B, N, D], gates [B, N], failures [B, N], and the global gate [B]."""
@@ -288,18 +291,17 @@ class RecurrentRoBERTa(PreTrainedModel):
             embeds_bWD = batch.embed(batch.input_ids[:b, i, :width])
             mask_bW = batch.attention_mask[:b, i, :width].long() if batch.padded[i] else None
             cls_bD = embeds_bWD[:, 0].float()
-            if previous is not None and carried is not None and b < len(previous):  # others have ended
-                previous, carried = previous[:b], carried[:b]
+            if previous is not None and b < len(previous):  # others have ended
+                previous, carried = previous[:b], None if carried is None else carried[:b]
             if i > 0 and carried is not None:
                 fused_bD, gate_b = self._let_in(cls_bD, carried, self.window_norm, self.window_gate)
             elif document_BD is not None:
                 fused_bD, gate_b = self._let_in(cls_bD, document_BD, self.global_norm, self.global_gate)
             else:
                 fused_bD, gate_b = cls_bD, torch.zeros_like(cls_bD[:, 0])
-            entered = i > 0 or document_BD is not None
             embeds_bWD = embeds_bWD.select_scatter(fused_bD.to(embeds_bWD.dtype), dim=1, index=0)
             state_bD = cls_output(self.encoder, embeds_bWD, mask_bW, recompute_layers=recompute_layers).float()
-            if entered:
+            if carried is not None or document_BD is not None:
                 state_bD = self._blend(state_bD, fused_bD)
             finite_b = state_bD.isfinite().all(-1) & ~batch.skip[:b, i]
             fallback_bD = previous if previous is not None else torch.zeros_like(state_bD)
@@ -319,13 +321,15 @@ class RecurrentRoBERTa(PreTrainedModel):
             return torch.lerp(cls_bD, injected_bD, z_bD), z_bD.mean(-1)
 
     def _blend(self, output_bD: Tensor, fused_bD: Tensor) -> Tensor:
-        """residual: s(i) = alpha h + (1 - alpha) fused. gated: s(i) = h, since the memory is the residual."""
-        if self.config.carry == "gated":
+        """residual: s(i) = alpha h + (1 - alpha) fused. Else s(i) = h: a memory is its own residual."""
+        if self.config.carry != "residual":
             return output_bD
         return torch.lerp(fused_bD, output_bD, self.config.alpha)
 
-    def _carry_on(self, carried_bD: Tensor | None, state_bD: Tensor) -> Tensor:
+    def _carry_on(self, carried_bD: Tensor | None, state_bD: Tensor) -> Tensor | None:
         """residual: s(i). gated: m(i) = k m(i-1) + (1 - k) s(i), k = sigmoid(carry_gate([s(i) ; m(i-1)]))."""
+        if self.config.carry == "none":
+            return None
         if carried_bD is None or self.config.carry == "residual":
             return state_bD
         with torch.autocast(state_bD.device.type, enabled=False):
@@ -339,7 +343,7 @@ class RecurrentRoBERTa(PreTrainedModel):
                 return masked_mean(states_BND, exists_BN)
             if self.config.aggregation == "max":
                 return masked_max(states_BND, exists_BN)
-            if self.config.aggregation == "attention":
+            if self.config.aggregation in ("attention", "transformer"):
                 return self.aggregation(states_BND, exists_BN)
             first_ids = batch.input_ids[:, 0]
             last_token_B = batch.attention_mask[:, 0].sum(1, keepdim=True) - 1
@@ -358,6 +362,10 @@ class RecurrentRoBERTa(PreTrainedModel):
     def _head(self, document_BD: Tensor) -> Tensor:
         pooled_BD = torch.tanh(self.pooler(self.dropout(document_BD)))
         return self.classifier(self.dropout(pooled_BD))
+
+    def check(self) -> None:
+        """Raises ConfigError where the configuration reads a document in a way that the encoder cannot."""
+        self.config.check(self.encoder)
 
     def memory_level(self, windows: int) -> int:
         """The configured level, or by the number of windows: 0 below 8, 1 below 32, then 2."""

@@ -1,61 +1,109 @@
-"""Which models `--model_type` knows, and how each is built from the settings."""
+"""Which models `--model_type` knows, how each is built from the settings, and which of its weights are trained."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from config import DEFAULT_ENCODER, Settings
 from models.checkpoint import is_checkpoint, load_model_and_config
 from models.reberta import RecurrentRoBERTa
+from models.transformer import TransformerClassifier, TransformerConfig
 from utils import ConfigError, ModelError, error_handler, logger
 
 ARCHITECTURE = ("num_repeats", "carry", "aggregation", "position_encoding")
-READING = ("window_size", "window_overlap", "max_windows", "max_len")
+READING = ("window_size", "window_overlap", "max_windows", "max_len", "read")
 BEHAVIOUR = ("dropout", "alpha", "global_alpha", "gate_bias", "memory_level")
 
 
 def reberta_options(settings: Settings) -> dict[str, Any]:
     """The fields of `ReBertaConfig` that the settings decide."""
     options = {name: getattr(settings, name) for name in ARCHITECTURE + READING + BEHAVIOUR}
-    level = "2" if settings.gradient_checkpointing else settings.memory_level
-    return {**options, "memory_level": level if level == "auto" else int(level)}
+    return {**options, "memory_level": _memory_level(settings)}
 
 
-def build_reberta(settings: Settings, label_names: list[str], tokenizer: PreTrainedTokenizerBase) -> RecurrentRoBERTa:
-    """A fresh model around a pretrained encoder, or one that starts from a checkpoint."""
-    labels = {
+def label_options(settings: Settings, label_names: list[str]) -> dict[str, Any]:
+    """The fields of any transformers configuration that say what is told apart."""
+    return {
         "id2label": dict(enumerate(label_names)),
         "label2id": {name: index for index, name in enumerate(label_names)},
         "problem_type": f"{settings.problem_type}_classification",
     }
-    options = {**reberta_options(settings), **labels, "cls_token_id": tokenizer.cls_token_id}
+
+
+def build_reberta(settings: Settings, label_names: list[str], tokenizer: PreTrainedTokenizerBase) -> RecurrentRoBERTa:
+    """A fresh model around a pretrained encoder, or one that starts from a checkpoint."""
+    options = {**reberta_options(settings), **label_options(settings, label_names)}
+    options["cls_token_id"] = tokenizer.cls_token_id
     source = settings.model_path or DEFAULT_ENCODER
     if not is_checkpoint(source):
         return RecurrentRoBERTa(encoder=source, **options)
     saved = load_model_and_config(source).model
+    if not isinstance(saved, RecurrentRoBERTa):
+        raise ConfigError(f"{source} has no encoder: start from one, or go on with --model_type transformer")
     changed = [name for name in ARCHITECTURE if name in settings.model_fields_set and _differs(saved, settings, name)]
     if changed:
         kept = ", ".join(f"--{name} {getattr(saved.config, name)}" for name in changed)
         raise ConfigError(f"{source} was built with {kept}; leave these options out, or start from an encoder")
     options |= {name: getattr(saved.config, name) for name in ARCHITECTURE}
     model = RecurrentRoBERTa(encoder=saved.config.encoder_config, **options)
+    _take_weights(model, saved, source)
+    return model
+
+
+def build_transformer(
+    settings: Settings, label_names: list[str], tokenizer: PreTrainedTokenizerBase
+) -> TransformerClassifier:
+    """A small Transformer from scratch, of which `--model_path` gives the tokenizer, or one from a checkpoint."""
+    options = {name: getattr(settings, name) for name in (*READING, "dropout")}
+    options |= {"memory_level": _memory_level(settings), "vocab_size": len(tokenizer)}
+    model = TransformerClassifier(TransformerConfig(**options, **label_options(settings, label_names)))
+    source = settings.model_path or DEFAULT_ENCODER
+    if is_checkpoint(source):
+        saved = load_model_and_config(source).model
+        if isinstance(saved, TransformerClassifier):
+            _take_weights(model, saved, source)
+    return model
+
+
+def _take_weights(model: PreTrainedModel, saved: PreTrainedModel, source: str) -> None:
+    """Start from the weights of a checkpoint; its classifier only where it knows the same labels."""
     weights = saved.state_dict()
     if saved.config.id2label != model.config.id2label:
         logger.warning("%s knows other labels: its classifier is replaced by a fresh one", source)
         weights = {name: value for name, value in weights.items() if not name.startswith("classifier.")}
     model.load_state_dict({**model.state_dict(), **weights})
-    return model
 
 
 def _differs(saved: RecurrentRoBERTa, settings: Settings, name: str) -> bool:
     return getattr(saved.config, name) != getattr(settings, name)
 
 
+def _memory_level(settings: Settings) -> int | str:
+    level = "2" if settings.gradient_checkpointing else settings.memory_level
+    return level if level == "auto" else int(level)
+
+
+def freeze_except_last(encoder: PreTrainedModel, layers: int) -> None:
+    """Freeze an encoder but for its last layers; its embeddings are frozen too.
+
+    Raises:
+        ConfigError: it has not so many layers.
+    """
+    stack = next(module for module in encoder.modules() if isinstance(module, nn.ModuleList))
+    if layers > len(stack):
+        raise ConfigError(f"--freeze_except_last {layers}: the encoder has {len(stack)} layers")
+    trained = {id(parameter) for layer in stack[len(stack) - layers :] for parameter in layer.parameters()}
+    for parameter in encoder.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+
+
 MODEL_TYPES: dict[str, Callable[[Settings, list[str], PreTrainedTokenizerBase], PreTrainedModel]] = {
-    "reberta": build_reberta,
+    **dict.fromkeys(("reberta", "head", "head_tail", "random_windows", "mean", "max", "tobert"), build_reberta),
+    "transformer": build_transformer,
 }
 
 
@@ -67,4 +115,7 @@ def build_model(settings: Settings, label_names: list[str], tokenizer: PreTraine
         ModelError: the encoder or checkpoint cannot be found or loaded.
         ConfigError: options that this encoder cannot do.
     """
-    return MODEL_TYPES[settings.model_type](settings, label_names, tokenizer)
+    model = MODEL_TYPES[settings.model_type](settings, label_names, tokenizer)
+    if settings.freeze_except_last is not None:
+        freeze_except_last(model.encoder, settings.freeze_except_last)
+    return model

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
 from config import GROUPS, Settings, parse_settings
 from models.configuration import ReBertaConfig
-from models.registry import ARCHITECTURE, BEHAVIOUR, READING
+from models.registry import ARCHITECTURE, BEHAVIOUR, MODEL_TYPES, READING
+from presets import FIXED
 from utils import ConfigError
 
 SPECIFIED = """
@@ -54,7 +56,7 @@ def test_defaults():
 def test_the_models_own_defaults_are_the_same():
     model, settings = ReBertaConfig(), parse_settings([])
     fields = ARCHITECTURE + READING + BEHAVIOUR
-    assert len(fields) == 13
+    assert len(fields) == 14
     assert {name: getattr(model, name) for name in fields} == {name: getattr(settings, name) for name in fields}
 
 
@@ -82,6 +84,19 @@ def test_flags_win_over_the_file_and_the_file_over_given_defaults(tmp_path):
         assert (settings.train_path, settings.memory_level, settings.max_len) == (("a.jsonl",), "2", None)
 
 
+def test_a_model_type_fixes_options_in_training_and_says_nothing_of_a_checkpoint():
+    settings = parse_settings(["--model_type", "head_tail"])
+    fixed = {"carry": "none", "aggregation": "mean", "read": "head_tail", "max_windows": 1, "window_size": 512}
+    assert {name: getattr(settings, name) for name in fixed} == fixed
+    assert parse_settings(["--model_type", "head", "--window_size", "128", "--read", "first"]).window_size == 128
+    evaluation = ["--mode", "evaluate", "--model_path", "m", "--test_path", "t"]
+    settings = parse_settings([*evaluation, "--model_type", "head_tail"])
+    assert settings.read == "first"
+    assert "read" not in settings.model_fields_set
+    kinds = Settings.model_fields["model_type"].annotation
+    assert set(get_args(kinds)) == FIXED.keys() == MODEL_TYPES.keys()
+
+
 def test_several_paths_and_none():
     settings = parse_settings(["--train_path", "a.jsonl", "b.csv", "--max_len", "none"])
     assert settings.train_path == ("a.jsonl", "b.csv")
@@ -102,7 +117,7 @@ def test_all_faults_are_reported_at_once(tmp_path):
         f"{file}: unknown option learning_rte; did you mean --learning_rate?",
         "--batch_size 0: input should be greater than or equal to 1",
         "--epochs x: input should be a valid integer",
-        "--carry open: input should be 'gated' or 'residual'",
+        "--carry open: input should be 'gated', 'residual' or 'none'",
         "--mode evaluate needs --model_path",
         "--mode evaluate needs --test_path",
     ):
@@ -128,6 +143,13 @@ def test_all_faults_are_reported_at_once(tmp_path):
         ("--global_alpha 0.5 --aggregation mean", "belongs to --aggregation encoder"),
         ("--window_overlap 254", "--window_overlap must be less"),
         ("--gpu_memory_fraction 0.5 --device cpu", "does not go with --device cpu"),
+        ("--gate_bias 1 --carry none", "--gate_bias does not go with --carry none"),
+        ("--num_repeats 2 --carry none", "--num_repeats does not go with --carry none"),
+        ("--read random --window_overlap 3", "--window_overlap does not go with --read random"),
+        ("--model_type mean --carry gated", "--carry gated does not go with --model_type mean, which has --carry none"),
+        ("--model_type head --max_windows 2", "--max_windows 2 does not go with --model_type head"),
+        ("--model_type transformer --freeze_except_last 1", "--freeze_except_last 1 does not go with --model_type tra"),
+        ("--model_type tobert --num_repeats 2", "--num_repeats 2 does not go with --model_type tobert"),
         ("--random_mask_prob 0.5", "--random_mask_prob needs --use_augmentation"),
         ("--max_mask_tokens 5", "--max_mask_tokens needs --use_augmentation"),
         ("--whole_word_mask", "--whole_word_mask needs --use_augmentation"),

@@ -21,6 +21,7 @@ from models import onnx_runner
 from models.checkpoint import save_checkpoint
 from models.export import write_folder
 from models.onnx_runner import OnnxReBerta
+from models.pipeline import ReBertaPipeline
 from models.reberta import RecurrentRoBERTa
 from tests.conftest import VOCABULARY, WIDTH, tiny_encoder, word_tokenizer
 from tests.models.conftest import build, documents
@@ -55,6 +56,8 @@ def torch_logits(model: RecurrentRoBERTa, ids: torch.Tensor, mask: torch.Tensor)
         ("bert", "residual", "encoder", 2, "rope"),
         ("distilbert", "residual", "mean", 1, "absolute"),
         ("roberta", "gated", "max", 1, "rope"),
+        ("bert", "none", "transformer", 1, "absolute"),
+        ("roberta", "none", "encoder", 1, "absolute"),
     ],
 )
 def test_logits_are_the_models(tmp_path, encoder, carry, aggregation, num_repeats, position_encoding):
@@ -67,7 +70,8 @@ def test_logits_are_the_models(tmp_path, encoder, carry, aggregation, num_repeat
     model = build(config, num_repeats=num_repeats, **options)
     runner = exported(model, tmp_path / "onnx")
     again = {"enter_again.onnx"} if num_repeats > 1 else set()
-    assert {path.name for path in (tmp_path / "onnx").iterdir()} == FILES | again
+    absent = {"enter.onnx"} if carry == "none" else set()
+    assert {path.name for path in (tmp_path / "onnx").iterdir()} == FILES - absent | again
     ids, mask = documents([[12, 12, 12, 7], [8], [12, 12], [3], [12, 12, 12, 12, 12, 12, 12, 12]])
     mask[2, 0] = 0  # a window that does not exist may stand before one that does
     ours = np.stack([runner.logits(*pair) for pair in zip(ids.numpy(), mask.numpy(), strict=True)])
@@ -115,6 +119,32 @@ def test_texts_get_the_models_label_and_probabilities(model, runner):
     assert [(result["tokens"], result["tokens_read"]) for result in results] == [(6, 6), (45, room), (200, room)]
 
 
+@pytest.mark.parametrize(("read", "max_windows"), [("head_tail", 1), ("head_tail", 3), ("random", 1), ("random", 3)])
+def test_what_is_read_of_a_long_text(model, folder, tmp_path, read, max_windows):
+    """The runner and transformers' pipeline against the windows of the data set."""
+    served = shutil.copytree(folder, tmp_path / "onnx")
+    config = {**json.loads((served / "config.json").read_text()), "read": read, "window_overlap": 0, "max_len": 150}
+    (served / "config.json").write_text(json.dumps(config | {"max_windows": max_windows}))
+    runner, tokenizer = OnnxReBerta(served, threads=1), word_tokenizer()
+    changed = {"read": read, "window_overlap": 0, "max_len": 150, "max_windows": max_windows}
+    before = {name: getattr(model.config, name) for name in changed}
+    try:
+        model.config.update(changed)
+        piped = ReBertaPipeline(model=model, tokenizer=tokenizer)
+        for text in TEXTS:
+            windows = LongTextDataset.preprocess_single_text(tokenizer, text, 12, max_windows, max_len=150, read=read)
+            [result] = runner.predict([text])
+            assert result["tokens_read"] == min(result["tokens"], 10 * max_windows)
+            logits = torch_logits(model, windows["input_ids"][None], windows["attention_mask"][None])
+            np.testing.assert_allclose(
+                list(result["probabilities"].values()), probabilities(logits)[0], atol=1e-5, rtol=0
+            )
+            for name, value in piped.preprocess(text).items():
+                assert torch.equal(value[0], windows[name]), text
+    finally:
+        model.config.update(before)
+
+
 def test_what_cannot_be_read_is_refused(runner):
     nothing = np.zeros((2, 12), dtype=np.int64)
     with pytest.raises(ValueError, match="the document has no window"):
@@ -129,10 +159,9 @@ def test_what_cannot_be_read_is_refused(runner):
 
 
 @pytest.mark.parametrize("overlap", [0, 3])
-@pytest.mark.parametrize("max_windows", [None, 1, 3])
-def test_windows_are_cut_as_in_training(overlap, max_windows):
+def test_windows_are_cut_as_in_training(overlap):
     for tokens in range(40):
-        arguments = np.arange(10, 10 + tokens), 9, 2, 3, 1, overlap, max_windows
+        arguments = np.arange(10, 10 + tokens), 9, 2, 3, 1, overlap
         for ours, theirs in zip(onnx_runner.cut_windows(*arguments), cut_windows(*arguments), strict=True):
             np.testing.assert_array_equal(ours, theirs, err_msg=f"{tokens} tokens")
 

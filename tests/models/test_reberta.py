@@ -18,7 +18,7 @@ LENGTHS = [[12, 12, 12, 7], [12, 4], [12, 12, 12, 12, 12, 9], [8]]
 
 @pytest.mark.parametrize("num_repeats", [1, 2])
 @pytest.mark.parametrize("carry", ["gated", "residual"])
-@pytest.mark.parametrize("aggregation", ["encoder", "attention", "mean", "max"])
+@pytest.mark.parametrize("aggregation", ["encoder", "transformer", "attention", "mean", "max"])
 def test_equals_the_slow_twin(encoder_config, carry, aggregation, num_repeats):
     model = build(encoder_config, carry=carry, aggregation=aggregation, num_repeats=num_repeats)
     input_ids, mask = documents(LENGTHS)
@@ -174,7 +174,7 @@ def test_recomputation_keeps_fewer_activations(encoder_config):
 
 
 @pytest.mark.parametrize("carry", ["gated", "residual"])
-@pytest.mark.parametrize("aggregation", ["encoder", "attention", "mean", "max"])
+@pytest.mark.parametrize("aggregation", ["encoder", "transformer", "attention", "mean", "max"])
 def test_every_parameter_gets_a_gradient(encoder_config, carry, aggregation):
     model = build(encoder_config, carry=carry, aggregation=aggregation, num_repeats=2)
     input_ids, mask = documents(LENGTHS)
@@ -282,6 +282,7 @@ def test_eager_attention_gives_the_same(encoder_config):
         ({"window_size": 16, "max_windows": 63}, "takes at most 62"),
         ({"window_size": 16, "window_overlap": 14}, "window_overlap is 14"),
         ({"window_size": 16, "carry": "open"}, "carry is 'open'"),
+        ({"window_size": 16, "carry": "none", "num_repeats": 2}, "num_repeats is 2; with carry 'none'"),
     ],
 )
 def test_what_the_encoder_cannot_do_is_a_config_error(encoder_config, options, message):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.reberta import RecurrentRoBERTa
 
@@ -30,6 +31,9 @@ def _states(model: RecurrentRoBERTa, windows: list[Tensor], document: Tensor | N
     states: list[Tensor] = []
     memory = document if model.config.carry == "gated" else None
     for i, window in enumerate(windows):
+        if model.config.carry == "none":
+            states.append(model.encoder(input_ids=window[None]).last_hidden_state[0, 0])
+            continue
         embeds = model.encoder.get_input_embeddings()(window)
         cls = embeds[0]
         entering = memory if i > 0 else document
@@ -61,8 +65,32 @@ def _aggregate(model: RecurrentRoBERTa, windows: list[Tensor], states: list[Tens
     if model.config.aggregation == "attention":
         scores = torch.tanh(aggregation.projection(stacked)) @ aggregation.query
         return scores.softmax(0) @ stacked
+    if model.config.aggregation == "transformer":
+        return _small_transformer(aggregation, stacked).mean(0)
     embed = model.encoder.get_input_embeddings()
     sequence = torch.cat([embed(windows[0][:1]), model.window_norm(stacked), embed(windows[0][-1:])])
     g = model.encoder(inputs_embeds=sequence[None]).last_hidden_state[0, 0]
     a = aggregation.alpha
     return a * g + (1 - a) * stacked.mean(0)
+
+
+def _small_transformer(aggregation: Any, states: Tensor) -> Tensor:
+    """Attention head by head, and what Vaswani et al. 2017 put around it."""
+    windows, size = states.shape
+    places = torch.zeros(windows, size)
+    for i in range(windows):
+        for j in range(0, size, 2):
+            angle = i / 10_000 ** (j / size)
+            places[i, j], places[i, j + 1] = math.sin(angle), math.cos(angle)
+    hidden = states + aggregation.position_scale * places
+    for layer in aggregation.layers:
+        attention = layer.self_attn
+        projected = hidden @ attention.in_proj_weight.T + attention.in_proj_bias
+        heads = []
+        for query, key, value in zip(
+            *(part.chunk(attention.num_heads, -1) for part in projected.chunk(3, -1)), strict=True
+        ):
+            heads.append((query @ key.T / math.sqrt(query.shape[-1])).softmax(-1) @ value)
+        hidden = layer.norm1(hidden + attention.out_proj(torch.cat(heads, -1)))
+        hidden = layer.norm2(hidden + layer.linear2(nn.functional.gelu(layer.linear1(hidden))))
+    return hidden
