@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
 import resource
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,27 +26,32 @@ from models.checkpoint import load_model_and_config
 from tests.conftest import write_corpus
 from utils import ResourceError, atomic_path, error_handler, expected_error, setup_logging, writing_to
 
+UNLIMITED = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-@pytest.fixture
-def limit():
+
+def limit(size: int) -> None:
     """Let no file grow beyond so many bytes: what a full disk does, without the rights to make one."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, UNLIMITED[1]))
 
-    def limit(size: int | None) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (before[0] if size is None else size, before[1]))
 
-    yield limit
-    limit(None)
+@contextlib.contextmanager
+def limited(size: int) -> Iterator[None]:
+    """The limit must be gone when the test ends: pytest reports to a file, maybe."""
+    limit(size)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, UNLIMITED)
 
 
 @pytest.fixture
-def run(project, monkeypatch, capsys, limit):
-    """Run the command here and give exit code and console."""
+def run(project, monkeypatch, capsys):
+    """Run the command here, with a limit on its files from the start if any is given: exit code and console."""
 
-    def run(arguments: str) -> tuple[int, str]:
+    def run(arguments: str, size: int = UNLIMITED[0]) -> tuple[int, str]:
         monkeypatch.chdir(project)
-        code = main(arguments.split())
-        limit(None)
+        with limited(size):
+            code = main(arguments.split())
         return code, capsys.readouterr().err
 
     return run
@@ -72,13 +79,12 @@ WRITERS = {
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_a_file_that_does_not_fit_whoever_writes_it(tmp_path, limit, writer):
+def test_a_file_that_does_not_fit_whoever_writes_it(tmp_path, writer):
     path = tmp_path / "file"
 
     @error_handler()
     def save():
-        limit(1000)
-        with writing_to(path):
+        with limited(1000), writing_to(path):
             WRITERS[writer](path)
 
     with pytest.raises(ResourceError, match=f"{path}: the disk is full .*free some space"):
@@ -94,21 +100,19 @@ def test_what_the_system_says_of_a_full_disk(number):
     assert expected_error(OSError(errno.EACCES, "no")) is None
 
 
-def test_a_file_that_does_not_fit_leaves_the_old_one(tmp_path, limit):
-    (tmp_path / "report").write_text("old")
-    limit(1000)
-    with pytest.raises(ResourceError, match="report: the disk is full"), atomic_path(tmp_path / "report") as temporary:
+def test_a_file_that_does_not_fit_leaves_the_old_one(tmp_path):
+    path = tmp_path / "report"
+    path.write_text("old")
+    with pytest.raises(ResourceError, match="report: the disk is full"), limited(1000), atomic_path(path) as temporary:
         temporary.write_text("x" * 5000)
-    limit(None)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"report": "old"}
 
 
-def test_a_log_that_does_not_fit_is_given_up_with_one_warning(tmp_path, limit, capsys):
+def test_a_log_that_does_not_fit_is_given_up_with_one_warning(tmp_path, capsys):
     log = setup_logging("INFO", tmp_path / "run.log")
-    limit(200)
-    for number in range(20):
-        log.info("line %d", number)
-    limit(None)
+    with limited(200):
+        for number in range(20):
+            log.info("line %d", number)
     console = capsys.readouterr().err
     assert console.count("goes no further") == 1
     assert console.count(" INFO line ") == 20
@@ -116,7 +120,7 @@ def test_a_log_that_does_not_fit_is_given_up_with_one_warning(tmp_path, limit, c
 
 
 @pytest.mark.parametrize("size", [150_000, 50_000])
-def test_a_disk_that_fills_up_in_training(project, run, limit, monkeypatch, size):
+def test_a_disk_that_fills_up_in_training(project, run, monkeypatch, size):
     """The second checkpoint does not fit: safetensors' file, or torch's. The first one is gone on from."""
     step_end = engine.EngineCallback.on_step_end
 
@@ -140,30 +144,27 @@ def test_a_disk_that_fills_up_in_training(project, run, limit, monkeypatch, size
     assert (project / "logs" / name / "checkpoint-9").is_dir()
 
 
-def test_a_disk_that_is_full_from_the_start(run, limit):
-    limit(500)
-    code, console = run("--config tiny.yaml --mode train --epochs 1 --output_dir logs/full_first")
+def test_a_disk_that_is_full_from_the_start(run):
+    code, console = run("--config tiny.yaml --mode train --epochs 1 --output_dir logs/full_first", 500)
     assert code == 6, console
     one_message(console, "logs/full_first/", "the disk is full")
 
 
-def test_a_cache_that_does_not_fit(project, run, limit):
+def test_a_cache_that_does_not_fit(project, run):
     write_corpus(project / "long.jsonl", 1000)
     cache = project / "full_cache"
     arguments = f"--config tiny.yaml --mode train --epochs 1 --train_path long.jsonl --cache_dir {cache}"
-    limit(50_000)
-    code, console = run(f"{arguments} --output_dir logs/full_cache")
+    code, console = run(f"{arguments} --output_dir logs/full_cache", 50_000)
     assert code == 6, console
     one_message(console, str(cache), "the disk is full")
     assert [path for path in cache.iterdir() if path.is_dir()] == []
 
 
-def test_a_report_that_does_not_fit(project, trained, run, limit):
+def test_a_report_that_does_not_fit(project, trained, run):
     arguments = (
         f"--mode evaluate --model_path {trained} --test_path data/validation --device cpu --output_dir full_report"
     )
-    limit(9_000)
-    code, console = run(arguments)
+    code, console = run(arguments, 9_000)
     assert code == 6, console
     one_message(console, "full_report/", "the disk is full")
     assert not list((project / "full_report").glob(".*"))
