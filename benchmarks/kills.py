@@ -169,7 +169,7 @@ def interrupted(scenario: Scenario, reference: Reference, run: Run, draw: Draw, 
         members = family(process)
         scenario.strike(process, draw)
         code = process.wait(HOURGLASS)
-        if code == 0:  # it was at its end already
+        if code == 0 or run.is_finished:  # it was at its end already; torchrun itself may have met the signal after it
             break
         row[moment] += 1
         row["exit codes"].append(code)

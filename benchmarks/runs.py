@@ -88,6 +88,10 @@ class Run:
         return json.loads((self.run_folder / "status.json").read_text(encoding="utf-8"))
 
     @property
+    def is_finished(self) -> bool:
+        return (self.run_folder / "status.json").is_file() and self.status["state"] == "finished"
+
+    @property
     def metrics(self) -> list[dict[str, Any]]:
         """The rows of metrics.jsonl, without what is of the last process alone."""
         lines = (self.run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

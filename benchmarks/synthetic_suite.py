@@ -1,0 +1,390 @@
+"""A synthetic suite: what decides stands in different windows, a known distance apart; made by seed.
+
+    python -m benchmarks.synthetic_suite [TASK ...] --output_dir FOLDER [--documents 400 --distances 1 2 4 8 16
+        --window_size 64 --model_path minilm-l6 --seed 0]
+
+- order: somebody lights the lamp, and D windows later or earlier somebody rings the bell; which came first, `lamp` or
+  `bell`? A document's twin has these two windows exchanged: the same bag of words and of windows, the other label.
+  Whatever forgets the order of windows (their mean, their maximum) is right half of the time
+- retraction: it is reported that the harbour is closed, and elsewhere that this is wrong; which holds at the end?
+  `withdrawn` where the denial comes D windows after the report, `stands` where it came as long before it. The same of
+  another place: in half of the documents its report is taken back where the harbour's is made, and the other way
+  round, so that a denial alone says nothing. Twins as in order, and half without order
+- counting: three windows, the first and last D apart, say that the drum was heard and not the flute, or the flute and
+  not the drum; how often the drum, `0` to `3`? Bags of words are equal, and right for a quarter. Windows read one by
+  one and then averaged do solve it: it takes a sum over windows, not their order; a maximum tells 0, 3 and the rest
+- identity: one speaks and one listens in the first window, and the same two in the last, D windows on; is it the `same`
+  who speaks, or the `other`? Bags of words are equal. No order is needed, but both windows at once: no sum of scores
+  of windows gets more than 3 of the 4 documents of a group right, and half without a ranking of names it never saw
+
+Every window is full: the tokenizer's tokens of its sentences are exactly those that a window of `--window_size` holds,
+so that train and evaluate with the same `--window_size`, no overlap, and `--max_windows` of D + 7 or more. In all but
+identity two or three windows of filler stand before and after what decides, out of sight of `--model_type head` and
+`head_tail` where these read at most two windows. Alone, no window tells order, retraction and identity; in counting
+one of three leaves at best every second guess right, and at distance 1 two of them share a window.
+
+- FOLDER/TASK/{train,validation,test}.jsonl: {"id", "text", "label", "task", "distance"} a line, distances mixed, as
+  many documents of each label and distance; twins are in the same split
+- `--documents` for training a distance, a quarter as many each for validation and test
+- splits share no sentence of filler, no name and no place but the harbour
+- FOLDER/TASK/about.json: the options; a folder of the same options is left alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import functools
+import json
+import random
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple, TypedDict
+
+import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.corpora import ABOUT, ENCODER, SPLITS
+from data_utils.tokenization import load_tokenizer, tokenize
+from data_utils.windows import SPECIALS
+from download_models import atomic_folder
+from utils import ConfigError, DataError, ReBertaError, logger, setup_logging
+
+DISTANCES = (1, 2, 4, 8, 16)
+DOCUMENTS = 400  # for training, a distance
+SMALLER = 4  # validation and test are smaller by this factor
+GROUP = 4  # documents that share their filler, or are two pairs of twins
+WINDOW_SIZE = 64
+MARGIN = (2, 3)  # windows of filler before and after what decides
+
+NAMES = """
+    Adam Agnes Albert Alice Amos Anna Arthur Barbara Ben Bertha Bridget Carl Caroline Catherine Charles Clara Daniel
+    David Dora Edgar Edith Edmund Edward Eleanor Elizabeth Ella Emma Ernest Esther Eva Felix Florence Frances Frank
+    Frederick George Gerald Grace Hannah Harold Harriet Harry Helen Henry Herbert Hugh Ida Irene Isaac Jack Jacob James
+    Jane Jessie Joan John Joseph Judith Julia Kate Laura Leo Leonard Lewis Louis Louise Lucy Margaret Maria Martha
+    Martin Mary Matthew Michael Nancy Nathan Nicholas Oliver Oscar Patrick Paul Peter Philip Rachel Ralph Richard Robert
+    Rose Ruth Samuel Sarah Simon Sophia Stephen Susan Thomas Victor Walter William
+"""
+HARBOUR = "harbour"
+PLACES = """
+    academy airport bakery bank bridge brewery canal castle cathedral chapel cinema college factory ferry gallery
+    hospital hotel library market museum office palace prison school station theatre tunnel university
+"""
+
+LAMP = ("{} lit the lamp.", "The lamp was lit by {}.", "It was {} who lit the lamp.", "Then {} went and lit the lamp.")
+BELL = (
+    "{} rang the bell.",
+    "The bell was rung by {}.",
+    "It was {} who rang the bell.",
+    "Then {} came and rang the bell.",
+)
+REPORTED = (
+    "It was reported that the {} was closed.",
+    "Word came that the {} was closed.",
+    "The papers said that the {} was closed.",
+)
+DENIED = (
+    "The report that the {} was closed was taken back.",
+    "It turned out to be wrong that the {} was closed.",
+    "It was denied by all that the {} was closed.",
+)
+HEARD = (
+    "{0} heard the {1}, but not the {2}.",
+    "The {1} was heard by {0}, and the {2} was not.",
+    "What {0} heard was the {1} and never the {2}.",
+)
+SPOKE = (
+    "{0} spoke while {1} listened.",
+    "{1} listened while {0} spoke.",
+    "It was {0} who spoke, and {1} only listened.",
+    "Long did {1} listen as {0} spoke.",
+)
+
+FILLERS = (
+    "Rain fell on the {place}.",
+    "The {place} lay {state} in {season}.",
+    "In {season} the {place} was {state}.",
+    "Carts of {goods} went by.",
+    "People bought {goods} at the fair.",
+    "There was {weather} over the {place} all day long.",
+    "The price of {goods} did not change that {season}.",
+    "Children played near the {place} until it was dark.",
+    "Nobody could remember such a {state} {season} before.",
+    "From the {place} to the next one the way was long and {state}.",
+    "In {season} they carried {goods} from the {place} to the town.",
+    "After days of {weather} the {place} looked {state} once more.",
+)
+SLOTS = {
+    "place": "barn farm field forest garden hill lake meadow mill mountain orchard pond river road shore valley",
+    "state": "bare beautiful cold dark dry green grey lonely quiet strange warm wet white wild",
+    "season": "spring summer autumn winter",
+    "goods": "apples barley bread butter cheese cloth coal corn flour fruit hay honey milk salt timber wheat wool",
+    "weather": "fog frost haze mist rain smoke snow storm sunshine thunder wind",
+}
+
+Window = list[str]  # its sentences
+Labelled = tuple[str, list[Window]]
+
+
+class Example(TypedDict):
+    """One line of a split."""
+
+    id: str
+    text: str
+    label: str
+    task: str
+    distance: int
+
+
+class Options(NamedTuple):
+    """What the documents depend on."""
+
+    documents: int = DOCUMENTS
+    distances: Sequence[int] = DISTANCES
+    window_size: int = WINDOW_SIZE
+    model_path: str = ENCODER
+    seed: int = 0
+
+
+class Writer:
+    """Draws what stands in the documents of one split, and writes windows that are exactly full.
+
+    Raises ConfigError for a window that filler cannot fill.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, window_size: int, split: str) -> None:
+        self.draw = random.Random(0)
+        self.names, self.places = share(NAMES.split(), split), share(PLACES.split(), split)
+        self._tokenizer = tokenizer
+        self._room = window_size - SPECIALS
+        self._fillers: dict[int, list[str]] = defaultdict(list)  # by number of tokens
+        sentences = share(all_fillers(), split)
+        counts = zip(sentences, self._count(sentences), self._count(sentences, start=" "), strict=True)
+        for sentence, at_first, later in counts:
+            if at_first == later:  # a document may begin with it
+                self._fillers[later].append(sentence)
+        self._can_fill = [True] + [False] * max(self._room, 0)
+        for room in range(1, len(self._can_fill)):
+            self._can_fill[room] = any(self._can_fill[room - n] for n in self._fillers if n <= room)
+
+    def _count(self, sentences: Sequence[str], start: str = "") -> list[int]:
+        texts = [start + sentence for sentence in sentences]
+        return [len(ids) for ids in self._tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+    def window(self, *sentences: str) -> Window:
+        """A full window with these sentences at random places, the first place excepted."""
+        room = self._room - (sum(self._count(sentences, start=" ")) if sentences else 0)
+        if room < 1 or not self._can_fill[room]:
+            needed = self._room - room + SPECIALS
+            raise ConfigError(
+                f"--window_size {self._room + SPECIALS}: {needed} tokens are taken, and filler cannot fill the rest; "
+                f"take {WINDOW_SIZE} or more"
+            )
+        window: Window = []
+        while room:
+            tokens = self.draw.choice([n for n in self._fillers if n <= room and self._can_fill[room - n]])
+            window.append(self.draw.choice(self._fillers[tokens]))
+            room -= tokens
+        for sentence in sentences:
+            window.insert(self.draw.randint(1, len(window)), sentence)
+        return window
+
+    def empty(self, windows: int) -> list[Window]:
+        """Windows of filler alone."""
+        return [self.window() for _ in range(windows)]
+
+    def around(self, between: int) -> tuple[list[Window], list[Window], list[Window]]:
+        """Filler before, between (so many windows) and after what decides."""
+        return self.empty(self.draw.randint(*MARGIN)), self.empty(between), self.empty(self.draw.randint(*MARGIN))
+
+
+def order(writer: Writer, distance: int) -> Iterator[Labelled]:
+    for _ in range(GROUP // 2):
+        one, another = writer.draw.sample(writer.names, 2)
+        lamp = writer.window(writer.draw.choice(LAMP).format(one))
+        bell = writer.window(writer.draw.choice(BELL).format(another))
+        before, between, after = writer.around(distance - 1)
+        yield "lamp", [*before, lamp, *between, bell, *after]
+        yield "bell", [*before, bell, *between, lamp, *after]
+
+
+def retraction(writer: Writer, distance: int) -> Iterator[Labelled]:
+    other = writer.draw.choice(writer.places)
+    reported, other_reported = (writer.draw.choice(REPORTED).format(place) for place in (HARBOUR, other))
+    denied, other_denied = (writer.draw.choice(DENIED).format(place) for place in (HARBOUR, other))
+    for beside_report, beside_denial in ((other_reported, other_denied), (other_denied, other_reported)):
+        report = writer.window(reported, beside_report)
+        denial = writer.window(denied, beside_denial)
+        before, between, after = writer.around(distance - 1)
+        yield "withdrawn", [*before, report, *between, denial, *after]
+        yield "stands", [*before, denial, *between, report, *after]
+
+
+def counting(writer: Writer, distance: int) -> Iterator[Labelled]:
+    frames = [(writer.draw.choice(HEARD), name) for name in writer.draw.sample(writer.names, 3)]
+    drums = [frame.format(name, "drum", "flute") for frame, name in frames]
+    flutes = [frame.format(name, "flute", "drum") for frame, name in frames]
+    places = (0, distance, writer.draw.randint(0, distance))
+    span = [
+        writer.window(*(drum for drum, at in zip(drums, places, strict=True) if at == place))
+        for place in range(distance + 1)
+    ]
+    before, _, after = writer.around(0)
+    for count in range(GROUP):
+        silent = writer.draw.sample(range(3), 3 - count)
+        exchange = {drums[i]: flutes[i] for i in silent}
+        said = [[exchange.get(sentence, sentence) for sentence in window] for window in span]
+        yield str(count), [*before, *said, *after]
+
+
+def identity(writer: Writer, distance: int) -> Iterator[Labelled]:
+    one, another = writer.draw.sample(writer.names, 2)
+    first, last = (writer.draw.choice(SPOKE) for _ in range(2))
+    opening, ending = writer.window(first.format(one, another)), writer.window(last.format(one, another))
+    between = writer.empty(distance - 1)
+    turn = {frame.format(one, another): frame.format(another, one) for frame in (first, last)}
+    turned_opening, turned_ending = ([turn.get(sentence, sentence) for sentence in w] for w in (opening, ending))
+    yield "same", [opening, *between, ending]
+    yield "same", [turned_opening, *between, turned_ending]
+    yield "other", [opening, *between, turned_ending]
+    yield "other", [turned_opening, *between, ending]
+
+
+TASKS: dict[str, Callable[[Writer, int], Iterator[Labelled]]] = {
+    "order": order,
+    "retraction": retraction,
+    "counting": counting,
+    "identity": identity,
+}
+
+
+@functools.cache
+def all_fillers() -> list[str]:
+    """Every sentence that the templates make, in an order that is always the same."""
+    sentences = []
+    for template in FILLERS:
+        names = [name for name in SLOTS if f"{{{name}}}" in template]
+        words = product(*(SLOTS[name].split() for name in names))
+        sentences += [template.format(**dict(zip(names, chosen, strict=True))) for chosen in words]
+    random.Random(0).shuffle(sentences)
+    return sentences
+
+
+def share(items: Sequence[str], split: str) -> list[str]:
+    """The part of the split: three fifths to train, a fifth each to validate and test."""
+    fifths = {"train": (0, 1, 2), "validation": (3,), "test": (4,)}[split]
+    return [item for number, item in enumerate(items) if number % 5 in fifths]
+
+
+def make_split(task: str, split: str, options: Options, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+    """The documents of a split, mixed by seed.
+
+    Raises ConfigError for options that nothing can be made of, and for a tokenizer whose tokens cross sentences.
+    """
+    documents = options.documents if split == "train" else options.documents // SMALLER
+    writer = Writer(tokenizer, options.window_size, split)
+    examples = []
+    for distance in options.distances:
+        writer.draw.seed(f"{options.seed} {task} {split} {distance}")  # whatever the other distances are
+        labelled = [item for _ in range(documents // GROUP) for item in TASKS[task](writer, distance)]
+        for number, (label, windows) in enumerate(labelled):
+            text = " ".join(sentence for window in windows for sentence in window)
+            name = f"{task}-{split}-{distance}-{number}"
+            examples.append((len(windows), Example(id=name, text=text, label=label, task=task, distance=distance)))
+    check_full(examples, tokenizer, options.window_size)
+    random.Random(f"{options.seed} {task} {split}").shuffle(examples)
+    return [example for _, example in examples]
+
+
+def check_full(examples: Sequence[tuple[int, Example]], tokenizer: PreTrainedTokenizerBase, window_size: int) -> None:
+    """Raises ConfigError for a document that does not fill its number of windows."""
+    for (windows, name), tokens in tokenize(tokenizer, (((n, item["id"]), item["text"]) for n, item in examples)):
+        if len(tokens.ids) != windows * (window_size - SPECIALS):
+            raise ConfigError(
+                f"{name}: {len(tokens.ids)} tokens do not fill {windows} windows of {window_size}; the tokenizer joins "
+                "sentences, choose another encoder with --model_path"
+            )
+
+
+def check(options: Options) -> None:
+    """Raises ConfigError."""
+    if options.documents < 1 or options.documents % (GROUP * SMALLER):
+        raise ConfigError(f"--documents {options.documents} is not a multiple of {GROUP * SMALLER}")
+    if min(options.distances) < 1 or len(set(options.distances)) < len(options.distances):
+        raise ConfigError(f"--distances {' '.join(map(str, options.distances))}: each once, none below 1")
+
+
+def make_task(task: str, folder: Path, options: Options) -> Path:
+    """Put the task into `folder/task` and return that folder; one of the same options is left alone.
+
+    Raises ConfigError for an unknown task, wrong options, and a folder of other options.
+    """
+    if task not in TASKS:
+        raise ConfigError(f"no task is called {task!r}, only {', '.join(TASKS)}")
+    check(options)
+    place = folder / task
+    about: dict[str, Any] = {**options._asdict(), "distances": list(options.distances)}
+    if place.is_dir():
+        if json.loads((place / ABOUT).read_text(encoding="utf-8")) != about:
+            raise ConfigError(f"{place} holds documents of other options; remove it, or name another --output_dir")
+        logger.info("%s is already there; left alone", place)
+        return place
+    tokenizer = load_tokenizer(options.model_path)
+    with atomic_folder(place) as staging:
+        for split in tqdm.tqdm(SPLITS, desc=task, disable=None):
+            with (staging / f"{split}.jsonl").open("w", encoding="utf-8", newline="\n") as file:
+                file.writelines(json.dumps(item) + "\n" for item in make_split(task, split, options, tokenizer))
+        (staging / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    return place
+
+
+def load_split(folder: Path, split: str) -> list[Example]:
+    """A split as it was written."""
+    with (folder / f"{split}.jsonl").open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def read_predictions(path: Path) -> dict[str, str]:
+    """The predicted label by id, from what `--mode predict` (.csv, .jsonl) or `--save_predictions` wrote."""
+    with path.open(encoding="utf-8", newline="") as file:
+        rows: Iterable[dict[str, str]] = csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, file)
+        return {row["id"]: row["predicted"] for row in rows}
+
+
+def accuracy(examples: Iterable[Example], predictions: Mapping[str, str]) -> dict[str, dict[int, float]]:
+    """Accuracy by task and distance, both in ascending order. Raises DataError for a document without prediction."""
+    right: dict[str, dict[int, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for example in sorted(examples, key=lambda item: (item["task"], item["distance"])):
+        if example["id"] not in predictions:
+            raise DataError(f"nothing is predicted of document {example['id']!r}; predict the whole split")
+        hit = predictions[example["id"]] == example["label"]
+        right[example["task"]][example["distance"]].append(hit)
+    return {task: {d: mean(hits) for d, hits in distances.items()} for task, distances in right.items()}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Make tasks and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", metavar="TASK", help=f"{', '.join(TASKS)} (default all)")
+    parser.add_argument("--output_dir", type=Path, required=True, metavar="FOLDER")
+    for name, value in Options()._asdict().items():
+        many = {"nargs": "+", "type": int} if name == "distances" else {"type": type(value)}
+        parser.add_argument(f"--{name}", default=value, help="default %(default)s", **many)
+    given = vars(parser.parse_args(argv))
+    tasks, folder = given.pop("tasks"), given.pop("output_dir")
+    setup_logging()
+    try:
+        for task in tasks or TASKS:
+            print(make_task(task, folder, Options(**given)))
+    except ReBertaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

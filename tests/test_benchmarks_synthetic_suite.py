@@ -1,0 +1,290 @@
+"""benchmarks/synthetic_suite.py: what its documents say and where, and that no cheap reading of them does."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.feature_extraction.text import HashingVectorizer
+from sklearn.linear_model import LogisticRegression
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from benchmarks import linear
+from benchmarks.corpora import SPLITS
+from benchmarks.synthetic_suite import (
+    NAMES,
+    PLACES,
+    TASKS,
+    Example,
+    Options,
+    accuracy,
+    all_fillers,
+    load_split,
+    main,
+    make_split,
+    read_predictions,
+    share,
+)
+from data_utils.analysis import analyze
+from data_utils.readers import read_records
+from data_utils.tokenization import tokenize
+from data_utils.windows import cut_windows
+from utils import ConfigError, DataError
+
+SPECIAL = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+LABELS = {
+    "order": {"lamp", "bell"},
+    "retraction": {"stands", "withdrawn"},
+    "counting": {"0", "1", "2", "3"},
+    "identity": {"same", "other"},
+}
+SIZES = {"train": 320, "validation": 320, "test": 800}  # --documents that a split is taken of
+DECIDES = re.compile(r"lamp|bell|closed|drum|spoke")
+DRUM = re.compile(r"heard the drum|The drum was heard|heard was the drum")
+SPEAKER = re.compile(r"(\w+) (?:who )?spoke")
+SENTENCE = re.compile(r"[^.]+\.")
+
+
+@cache
+def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
+    """BERT's or RoBERTa's format, of so few tokens that most words take several."""
+    special = list(SPECIAL.values())
+    sentences = [*all_fillers(), *NAMES.split(), *PLACES.split()]
+    if kind == "bert":
+        backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        backend.normalizer = normalizers.BertNormalizer(lowercase=True)
+        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        backend.train_from_iterator(sentences, trainers.WordPieceTrainer(vocab_size=300, special_tokens=special))
+    else:
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        sentences += [f" {sentence}" for sentence in sentences]
+        backend.train_from_iterator(sentences, trainers.BpeTrainer(vocab_size=400, special_tokens=special))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **SPECIAL)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tokenizer as `--model_path` takes it."""
+    path = tmp_path_factory.mktemp("tokenizer")
+    tokenizer_of("bert").save_pretrained(path)
+    return path
+
+
+@cache
+def fold(task: str) -> dict[str, list[Example]]:
+    """Splits of distances 1 and 3; 400 test documents."""
+    return {
+        split: make_split(task, split, Options(size, (1, 3), 100), tokenizer_of("bert"))
+        for split, size in SIZES.items()
+    }
+
+
+def windows_of(text: str, window_size: int, kind: str = "bert") -> list[str]:
+    """The text of each window that the project cuts, by the places of its tokens in the text."""
+    tokenizer = tokenizer_of(kind)
+    ((_, tokens),) = tokenize(tokenizer, [(None, text)])
+    ids_NW, mask_NW = cut_windows(tokens.ids, window_size, 2, 3, 1)
+    assert mask_NW.all()
+    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    assert ids_NW[:, 1:-1].ravel().tolist() == encoding["input_ids"]
+    starts = [start for start, _ in encoding["offset_mapping"]][:: window_size - 2]
+    return [text[start:end].strip() for start, end in pairwise([*starts, len(text)])]
+
+
+def said(text: str) -> list[str]:
+    """The sentences that are no filler."""
+    return [sentence.strip() for sentence in SENTENCE.findall(text) if DECIDES.search(sentence)]
+
+
+def oracle(task: str, text: str) -> str:
+    """The rule of the task, read from the text."""
+    sentences = said(text)
+    if task == "order":
+        return "lamp" if "lamp" in sentences[0] else "bell"
+    if task == "retraction":
+        last = [sentence for sentence in sentences if "harbour" in sentence][-1]
+        return "withdrawn" if re.search("taken back|wrong|denied", last) else "stands"
+    if task == "counting":
+        return str(sum(bool(DRUM.search(sentence)) for sentence in sentences))
+    speakers = [SPEAKER.findall(sentence) for sentence in sentences]
+    return "same" if speakers[0] == speakers[1] else "other"
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+@pytest.mark.parametrize("task", TASKS)
+def test_windows_are_full_and_what_decides_is_as_far_apart_as_said(task, kind):
+    examples = make_split(task, "test", Options(32, (1, 2, 4, 16), 120), tokenizer_of(kind))
+    assert len(examples) == 4 * 8
+    for example in examples:
+        windows = windows_of(example["text"], 120, kind)
+        assert all(window.endswith(".") for window in windows)
+        places = [place for place, window in enumerate(windows) for _ in said(window)]
+        assert len(places) == {"order": 2, "retraction": 4, "counting": 3, "identity": 2}[task]
+        assert places[-1] - places[0] == example["distance"]
+        around = {places[0], len(windows) - 1 - places[-1]}
+        assert around == {0} if task == "identity" else around <= {2, 3}
+        if task == "retraction":
+            assert places[0] == places[1] < places[2] == places[3]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_oracle_is_always_right_and_labels_are_balanced(task):
+    for examples in fold(task).values():
+        assert accuracy(examples, {item["id"]: oracle(task, item["text"]) for item in examples}) == {task: {1: 1, 3: 1}}
+        counts = Counter((item["label"], item["distance"]) for item in examples)
+        assert {label for label, _ in counts} == LABELS[task]
+        assert set(counts.values()) == {len(examples) // 2 // len(LABELS[task])}
+    assert [len(examples) for examples in fold(task).values()] == [640, 160, 400]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_words_do_not_tell(task):
+    """TF-IDF and a linear SVM."""
+    documents = fold(task)
+    ids = [item["id"] for item in documents["test"]]
+    predicted = linear.fit(documents, None).predictions
+    scores = accuracy(documents["test"], dict(zip(ids, predicted, strict=True)))[task]
+    assert max(scores.values()) < (0.4 if task == "counting" else 0.65)
+
+
+def mean_window(examples: list[Example]) -> np.ndarray:
+    """Words and runs of them, to four, window by window; then their mean: [documents, features]."""
+    vectorizer = HashingVectorizer(ngram_range=(1, 4), n_features=2**13, norm=None)
+    means = [vectorizer.transform(windows_of(item["text"], 100)).mean(axis=0) for item in examples]
+    return np.asarray(np.concatenate(means))
+
+
+@pytest.mark.parametrize("task", ["order", "retraction", "identity", "counting"])
+def test_a_bag_of_windows_tells_counting_alone(task):
+    train, test = fold(task)["train"], fold(task)["test"]
+    machine = LogisticRegression(C=10, tol=0.01, max_iter=500).fit(
+        mean_window(train), [item["label"] for item in train]
+    )
+    predicted = machine.predict(mean_window(test)).tolist()
+    right = np.mean([one == item["label"] for one, item in zip(predicted, test, strict=True)])
+    assert right > 0.9 if task == "counting" else right < 0.65
+
+
+@pytest.mark.parametrize("task", ["order", "retraction"])
+def test_each_bag_of_windows_stands_once_under_either_label(task):
+    bags = defaultdict(list)
+    for item in fold(task)["test"]:
+        bags[frozenset(Counter(windows_of(item["text"], 100)).items())].append(item["label"])
+    assert len(bags) == 200
+    assert {frozenset(labels) for labels in bags.values()} == {frozenset(LABELS[task])}
+
+
+@pytest.mark.parametrize("task", ["counting", "identity"])
+def test_each_bag_of_words_stands_under_all_labels(task):
+    bags = defaultdict(list)
+    for item in fold(task)["test"]:
+        bags[frozenset(Counter(re.findall(r"\w+", item["text"].lower())).items())].append(item["label"])
+    assert len(bags) == 100
+    assert {(len(labels), frozenset(labels)) for labels in bags.values()} == {(4, frozenset(LABELS[task]))}
+
+
+def test_splits_share_no_filler_no_name_and_no_place():
+    for items in (NAMES.split(), PLACES.split(), all_fillers()):
+        parts = [set(share(items, split)) for split in SPLITS]
+        assert sum(map(len, parts)) == len(set().union(*parts)) == len(items)
+    own = {*NAMES.split(), *PLACES.split()}
+    for task in TASKS:
+        texts = [" ".join(item["text"] for item in examples) for examples in fold(task).values()]
+        fillers = [{s.strip() for s in SENTENCE.findall(text) if not DECIDES.search(s)} for text in texts]
+        names = [own & set(re.findall(r"\w+", text)) for text in texts]
+        for parts, least in ((fillers, 300), (names, 5)):
+            assert min(map(len, parts)) >= least
+            assert sum(map(len, parts)) == len(set().union(*parts))
+
+
+def make(folder: Path, output: Path, *options: str) -> int:
+    return main(["--output_dir", str(output), "--model_path", str(folder), "--documents", "16", *options])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_command_makes_the_same_bytes_of_the_same_seed(folder, tmp_path, capsys):
+    options = ["--distances", "1", "2", "--window_size", "100"]
+    assert make(folder, tmp_path / "one", *options) == 0
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / "one" / task) for task in TASKS]
+    assert make(folder, tmp_path / "two", "identity", "order", *options) == 0
+    made, again = contents(tmp_path / "one"), contents(tmp_path / "two")
+    assert set(made) == {f"{task}/{name}" for task in TASKS for name in ("about.json", *(f"{s}.jsonl" for s in SPLITS))}
+    assert set(again) == {name for name in made if name.startswith(("identity", "order"))}
+    assert all(made[name] == content for name, content in again.items())
+    assert make(folder, tmp_path / "three", "order", "--seed", "1", *options) == 0
+    assert contents(tmp_path / "three")["order/train.jsonl"] != made["order/train.jsonl"]
+
+
+def test_files_are_read_by_the_project_and_leak_nothing(folder, tmp_path):
+    assert make(folder, tmp_path, "--distances", "1", "2", "--window_size", "100") == 0
+    for task in TASKS:
+        paths = {split: tmp_path / task / f"{split}.jsonl" for split in SPLITS}
+        report = analyze(paths, tokenizer_of("bert"), window_size=100)
+        assert report["leaks"] == report["duplicates"] == []
+        assert [report["splits"][split]["documents"] for split in SPLITS] == [32, 8, 8]
+        examples = load_split(tmp_path / task, "train")
+        assert [tuple(item) for item in examples] == [("id", "text", "label", "task", "distance")] * 32
+        records = list(read_records(paths["train"]))
+        assert [(r.id, r.label) for r in records] == [(item["id"], item["label"]) for item in examples]
+
+
+def test_folder_of_other_options_is_refused(folder, tmp_path, capsys):
+    options = ["order", "--distances", "1", "--window_size", "100"]
+    assert make(folder, tmp_path, *options) == 0
+    before = contents(tmp_path)
+    assert make(folder, tmp_path, *options) == 0
+    assert make(folder, tmp_path, *options, "--seed", "1") == 2
+    assert f"{tmp_path}/order holds documents of other options" in capsys.readouterr().err
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["orders"], "no task is called 'orders', only order, retraction, counting, identity"),
+        (["order", "--documents", "24"], "--documents 24 is not a multiple of 16"),
+        (["order", "--distances", "0"], "--distances 0: each once, none below 1"),
+        (["order", "--distances", "2", "2"], "--distances 2 2: each once, none below 1"),
+        (["order", "--window_size", "20"], "--window_size 20: "),
+    ],
+)
+def test_options_that_do_not_go(folder, tmp_path, capsys, options, message):
+    assert make(folder, tmp_path / "made", *options) == 2
+    assert f"error: {message}" in capsys.readouterr().err
+    assert not list(tmp_path.glob("made/*"))
+
+
+def test_tokenizer_that_joins_sentences():
+    """Its tokens would not end where windows do."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"[UNK]": 0}, "[UNK]")), **SPECIAL)
+    with pytest.raises(ConfigError, match="the tokenizer joins sentences, choose another encoder"):
+        make_split("order", "test", Options(16, (1,), 10), tokenizer)
+
+
+def test_accuracy_by_task_and_distance(tmp_path):
+    examples = [
+        Example(
+            id=str(n), text=".", label="ab"[n % 2], task="order" if n < 6 else "identity", distance=(16, 2, 4)[n % 3]
+        )
+        for n in range(8)
+    ]
+    rows = [{"id": item["id"], "predicted": "a"} for item in examples]
+    (tmp_path / "said.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (tmp_path / "said.csv").write_text("id,predicted\n" + "".join(f"{row['id']},a\n" for row in rows), encoding="utf-8")
+    predictions = read_predictions(tmp_path / "said.csv")
+    assert predictions == read_predictions(tmp_path / "said.jsonl") == dict.fromkeys("01234567", "a")
+    with pytest.raises(DataError, match="nothing is predicted of document '7'"):
+        accuracy(examples, dict.fromkeys("0123456", "a"))
+    scores = accuracy(examples, predictions)
+    assert scores == {"identity": {16: 1, 2: 0}, "order": {2: 0.5, 4: 0.5, 16: 0.5}}
