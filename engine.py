@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Sequence
 from functools import partial
 from itertools import chain
@@ -40,6 +41,7 @@ from utils import TrainingError, logger, write_text
 from visualization_utils import save_run_curves
 
 EMA_FILE = "ema.safetensors"
+SECONDS_BETWEEN_CURVES = 20  # a figure takes half a second, which is much where evaluations are short
 
 
 class Data(NamedTuple):
@@ -343,10 +345,11 @@ class EngineCallback(TrainerCallback):
 
 
 class MetricsCallback(TrainerCallback):
-    """metrics.jsonl, a line in the log, and the learning curves."""
+    """metrics.jsonl, a line in the log, and the learning curves, drawn now and then and at the end."""
 
     def __init__(self, run: RunFolder) -> None:
         self.run = run
+        self.drawn = -math.inf
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
@@ -366,5 +369,13 @@ class MetricsCallback(TrainerCallback):
         self.run.report(**progress, best_metric=state.best_metric, best_step=state.best_global_step)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if time.monotonic() - self.drawn > SECONDS_BETWEEN_CURVES:
+            self._draw(state)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._draw(state)
+
+    def _draw(self, state: Any) -> None:
         if state.is_world_process_zero:
             save_run_curves(state.log_history, self.run.folder / "learning_curves.png")
+            self.drawn = time.monotonic()

@@ -225,13 +225,13 @@ def test_status_tells_why_a_run_ended(start, monkeypatch):
     assert "the loss is not finite" in status["reason"]
 
 
-@pytest.mark.parametrize("eval_every", ["", "--eval_every 3"])
+@pytest.mark.parametrize("eval_every", ["", "--eval_every 2"])
 def test_a_signal_at_any_step_changes_nothing(start, monkeypatch, eval_every):
     """At each step, the last of an epoch and of the run included: stopped there, gone on, the same end."""
-    flags = f"--epochs 2 --save_total_limit 99 --log_steps 1 {eval_every}"
+    flags = f"--epochs 2 --batch_size 8 --save_total_limit 99 --log_steps 1 {eval_every}"
     reference = start(flags, "reference")
     on_step_end = engine.EngineCallback.on_step_end
-    for step in range(1, 13):
+    for step in range(1, 7):
 
         def stopping(self, args, state, control, step=step, **kwargs):
             if state.global_step == step:
@@ -240,15 +240,15 @@ def test_a_signal_at_any_step_changes_nothing(start, monkeypatch, eval_every):
 
         monkeypatch.setattr(engine.EngineCallback, "on_step_end", stopping)
         name = f"stopped-{step}"
-        if step == 12:
+        if step == 6:
             start(flags, name)
         else:
-            with pytest.raises(StoppedError, match=f"stopped at step {step} of 12, which is saved"):
+            with pytest.raises(StoppedError, match=f"stopped at step {step} of 6, which is saved"):
                 start(flags, name)
             monkeypatch.setattr(engine.EngineCallback, "on_step_end", on_step_end)
             start(flags, name)
         for file in ("model.safetensors", "ema.safetensors"):
-            one, other = (load_file(Path("logs") / run / "checkpoint-12" / file) for run in (name, "reference"))
+            one, other = (load_file(Path("logs") / run / "checkpoint-6" / file) for run in (name, "reference"))
             assert all(torch.equal(one[key], other[key]) for key in one)
         best = [load_file(Path("models/saved") / run / "model.safetensors") for run in (name, "reference")]
         assert all(torch.equal(best[0][key], best[1][key]) for key in best[0])
