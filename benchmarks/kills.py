@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from benchmarks import common
 from benchmarks.runs import HOURGLASS, ONE, TWO, Run, differences, family, outlives, prepare
+from run_checkpoints import step_of
 
 STARTUP, TRAINING, SAVE = MOMENTS = ("while starting", "while training", "aimed at a save")
 CHANCES = (0.2, 0.35, 0.45)
@@ -303,7 +304,7 @@ def strike_all(options: argparse.Namespace, folder: Path, results: common.Result
     @cache
     def reference(processes: str) -> Reference:
         found = undisturbed(Run(folder / f"reference, {processes}", command, processes))
-        steps = int(found.run.checkpoints[-1].name.split("-")[1])
+        steps = step_of(found.run.checkpoints[-1])
         session[f"reference, {processes}"] = {
             "steps": steps,
             "evaluations": sum("eval_loss" in row for row in found.run.metrics),

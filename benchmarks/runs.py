@@ -26,6 +26,7 @@ from safetensors.torch import load_file
 
 import main
 from benchmarks.synthetic import save_tiny_encoder, write_corpus
+from run_checkpoints import checkpoints
 
 ROOT = Path(__file__).parents[1]
 ONE, TWO = "one process", "two under torchrun"
@@ -80,8 +81,7 @@ class Run:
     @property
     def checkpoints(self) -> list[Path]:
         """In the order of their steps."""
-        found = [path for path in self.run_folder.glob("checkpoint-*") if path.name.split("-")[1].isdecimal()]
-        return sorted(found, key=lambda path: int(path.name.split("-")[1]))
+        return checkpoints(self.run_folder)[::-1]
 
     @property
     def status(self) -> dict[str, Any]:

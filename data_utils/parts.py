@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from utils import TEMPORARY, ConfigError, atomic_path, logger, write_text
+from utils import TEMPORARY, ConfigError, atomic_path, file_sha256, logger, write_text
 
 FINGERPRINT = "fingerprint.json"
 LOCK = "lock"
@@ -49,9 +49,8 @@ class Parts:
         if made is None:
             raise ConfigError(f"--output_path {self.output}: exists already; give another file")
         self._refuse(made, f"{self.output} exists already and was made otherwise")
-        with self.output.open("rb") as file:
-            if summary.get("sha256") != hashlib.file_digest(file, "sha256").hexdigest():
-                raise ConfigError(f"--output_path {self.output}: exists already and was changed; give another file")
+        if summary.get("sha256") != file_sha256(self.output):
+            raise ConfigError(f"--output_path {self.output}: exists already and was changed; give another file")
         return True
 
     def open(self) -> None:

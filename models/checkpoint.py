@@ -33,7 +33,7 @@ from transformers.initialization import no_init_weights
 
 from models.reberta import RecurrentRoBERTa
 from models.transformer import TransformerClassifier
-from utils import TEMPORARY, ModelError, error_handler, validate_params, writing_to
+from utils import TEMPORARY, ModelError, error_handler, file_sha256, validate_params, writing_to
 
 FORMAT = 1
 MODEL_FILE = "model.pt"
@@ -180,8 +180,7 @@ def checkpoint_hash(path: str | Path) -> str:
     names = ("config.json", SETTINGS_FILE, WEIGHTS_FILE, "tokenizer.json", "tokenizer_config.json")
     digest = hashlib.sha256()
     for part in [path / name for name in names] if path.is_dir() else [path]:
-        with part.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        digest.update(bytes.fromhex(file_sha256(part)))
     return digest.hexdigest()
 
 

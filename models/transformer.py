@@ -16,14 +16,10 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from transformers import initialization as init
 
 from .aggregation import masked_mean, sinusoids, transformer_layer
+from .configuration import ConfigError
 from .encoder import Dropout, recomputed
 from .pipeline import CUSTOM_PIPELINES
 from .reberta import INITIALIZER_RANGE, HiddenStates, ReBertaOutput
-
-try:  # absent where transformers runs a copy of this file that it found beside saved weights
-    from utils import ConfigError
-except ImportError:
-    ConfigError = ValueError  # type: ignore[misc, assignment]
 
 
 class TransformerConfig(PreTrainedConfig):

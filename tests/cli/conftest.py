@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,12 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone")
 def start():
     """Start a script of the project in a folder, as a user does."""
 
-    def start(folder: Path, arguments: str, script: str = "main.py") -> subprocess.Popen:
+    def start(
+        folder: Path, arguments: str, script: str = "main.py", launcher: Sequence[str] = (sys.executable,)
+    ) -> subprocess.Popen:
         quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "XDG_CACHE_HOME": str(folder / "xdg")}
         return subprocess.Popen(
-            [sys.executable, ROOT / script, *arguments.split()],
+            [*launcher, ROOT / script, *arguments.split()],
             cwd=folder,
             env={**os.environ, **quiet},
             stdout=subprocess.PIPE,
@@ -37,8 +40,10 @@ def start():
 def command(start):
     """The same, and wait for its end."""
 
-    def run(folder: Path, arguments: str, script: str = "main.py") -> subprocess.CompletedProcess:
-        process = start(folder, arguments, script)
+    def run(
+        folder: Path, arguments: str, script: str = "main.py", launcher: Sequence[str] = (sys.executable,)
+    ) -> subprocess.CompletedProcess:
+        process = start(folder, arguments, script, launcher)
         stdout, stderr = process.communicate(timeout=300)
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 

@@ -421,7 +421,7 @@ def test_another_process_finishes_first(run, monkeypatch):
         assert run()[0] == 0
         before.append(Path("out.csv").stat())
         assert not Path("out.csv.parts").exists()
-        finish(*arguments)
+        return finish(*arguments)
 
     monkeypatch.setattr(predict, "finish", after_another)
     code, console = run()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 import shutil
 import signal
@@ -17,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.cli.conftest import ROOT, TORCHRUN
+from tests.cli.conftest import TORCHRUN
 
 TWO = (
     "--config tiny.yaml --mode train --epochs 6 --eval_every 5 --batch_size 4 --dropout 0 --optimizer_type sgd "
@@ -26,21 +25,13 @@ TWO = (
 
 
 @pytest.fixture(scope="module")
-def start_two():
+def start_two(start):
     """Start main.py in two processes, in a folder."""
 
-    def start(folder: Path, arguments: str) -> subprocess.Popen:
-        quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-        return subprocess.Popen(
-            [*TORCHRUN, "--nproc-per-node", "2", ROOT / "main.py", *arguments.split()],
-            cwd=folder,
-            env={**os.environ, **quiet},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+    def start_two(folder: Path, arguments: str) -> subprocess.Popen:
+        return start(folder, arguments, launcher=(*TORCHRUN, "--nproc-per-node", "2"))
 
-    return start
+    return start_two
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +64,17 @@ def assert_same(first: Path, second: Path, tolerance: float = 0.0) -> None:
     assert len(one) > 40
     for name in one:
         torch.testing.assert_close(one[name], other[name], atol=tolerance, rtol=0, msg=name)
+
+
+def trained_a_little(process: subprocess.Popen, run: Path) -> tuple[list[psutil.Process], psutil.Process]:
+    """Wait for three rows of metrics; the processes that torchrun started, and the one of rank 1."""
+    metrics = run / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_text().count("\n") > 2) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    workers = psutil.Process(process.pid).children()
+    [second] = [worker for worker in workers if worker.environ().get("RANK") == "1"]
+    return workers, second
 
 
 def test_two_processes_train_as_one(project, two, command):
@@ -113,12 +115,7 @@ def test_a_signal_to_one_process_stops_both_and_they_go_on(project, two, start_t
     """The weights, and the rows, of the run that nothing stopped. Another number of processes is refused."""
     arguments = f"{TWO} --output_dir logs/two-stopped"
     process = start_two(project, arguments)
-    metrics = project / "logs" / "two-stopped" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.is_file() and metrics.read_text().count("\n") > 2) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    workers = psutil.Process(process.pid).children()
-    [second] = [worker for worker in workers if worker.environ().get("RANK") == "1"]
+    _, second = trained_a_little(process, project / "logs" / "two-stopped")
     second.send_signal(signal.SIGTERM)
     _, console = process.communicate(timeout=120)
     assert process.returncode != 0
@@ -166,12 +163,7 @@ def test_wrong_input_is_reported_once(project, run_two):
 
 def test_a_process_that_is_killed_ends_the_other(project, start_two):
     process = start_two(project, f"{TWO} --epochs 400 --output_dir logs/two-killed".replace("--epochs 6 ", ""))
-    metrics = project / "logs" / "two-killed" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.is_file() and metrics.read_text().count("\n") > 2) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    workers = psutil.Process(process.pid).children()
-    [second] = [worker for worker in workers if worker.environ().get("RANK") == "1"]
+    workers, second = trained_a_little(process, project / "logs" / "two-killed")
     second.kill()
     _, console = process.communicate(timeout=120)
     assert process.returncode != 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import shutil
@@ -64,18 +63,8 @@ def test_every_command_runs_and_the_python_after_them(folder, command):
             done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True)
             assert "main.py --config configs/sotu.yaml" in done.stdout
         elif words[0] == "torchrun":
-            done = subprocess.run(
-                [*TORCHRUN, *words[1:3], ROOT / words[3], *words[4:], "--device", "cpu"],
-                cwd=folder,
-                env={
-                    **os.environ,
-                    "OMP_NUM_THREADS": "1",
-                    "HF_HUB_OFFLINE": "1",
-                    "XDG_CACHE_HOME": str(folder / "xdg"),
-                },
-                capture_output=True,
-                text=True,
-            )
+            launcher = (*TORCHRUN, *words[1:3])
+            done = command(folder, shlex.join(words[4:]) + " --device cpu", script=words[3], launcher=launcher)
         else:
             assert words[0] == "python"
             extra = " --output_dir models/pretrained" if words[1] == "download_models.py" else " --device cpu"
