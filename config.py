@@ -119,8 +119,10 @@ class ModelOptions(Options):
         "room from its head and the rest from its tail; or windows drawn at random (evenly spread outside of training)",
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout of the encoder's hidden states and of the head")
-    carry: Literal["gated", "residual", "none"] = Field(
-        "gated", description="what a window hears of those before it: a memory that keeps, the last state, or nothing"
+    carry: Literal["gru", "gated", "residual", "none"] = Field(
+        "gated",
+        description="what a window hears of those before it: a recurrent memory whose end also counts for the "
+        "document, a memory that keeps, the last state, or nothing",
     )
     alpha: float = Field(0.8, gt=0, le=1, description="carry residual: weight of the encoder's output in the state")
     global_alpha: float | None = Field(
@@ -168,6 +170,9 @@ class TrainingOptions(Options):
     )
     freeze_except_last: int | None = Field(
         None, ge=0, description="train only the last so many layers of the encoder, besides what it does not bring"
+    )
+    window_loss: float = Field(
+        0.0, ge=0, description="weight of a second loss: each window's state alone must tell the document's label"
     )
     class_weights: Literal["none", "balanced"] = Field(
         "none", description="weigh classes in the loss by the inverse of their frequency"

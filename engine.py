@@ -29,9 +29,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
+from calibration import fit_temperature, probabilities, tune_thresholds
 from config import Settings
 from data_utils.dataset import LongTextBatchSampler, LongTextDataset, collate, evaluation_loader
-from evaluation_utils import classification_metrics, predict, probabilities, tune_thresholds
+from evaluation_utils import classification_metrics, predict
 from models.checkpoint import save_checkpoint
 from piecewise import PiecewiseTrainer
 from processes import StopSignals, gather, said_once
@@ -61,27 +62,37 @@ class Objective:
     micro-batches and processes.
     """
 
-    def __init__(self, label_smoothing: float = 0.0, class_weights: Tensor | None = None) -> None:
+    def __init__(
+        self, label_smoothing: float = 0.0, class_weights: Tensor | None = None, window_loss: float = 0.0
+    ) -> None:
         self.label_smoothing = label_smoothing
         self.class_weights = class_weights
+        self.window_loss = window_loss
 
-    def loss_sum(self, logits_BC: Tensor, labels: Tensor) -> Tensor:
-        """Sum over documents (single label, labels [B]) or over documents and classes (labels [B, C])."""
-        logits_BC = logits_BC.float()
-        weight = self.class_weights.to(logits_BC.device) if self.class_weights is not None else None
+    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """[n] of logits [n, C] and labels [n]; [n, C] of labels [n, C]."""
+        logits = logits.float()
+        weight = self.class_weights.to(logits.device) if self.class_weights is not None else None
         if labels.dim() == 2:
-            targets_BC = labels * (1 - self.label_smoothing) + self.label_smoothing / 2
-            return nn.functional.binary_cross_entropy_with_logits(
-                logits_BC, targets_BC, pos_weight=weight, reduction="sum"
-            )
+            targets = labels * (1 - self.label_smoothing) + self.label_smoothing / 2
+            return nn.functional.binary_cross_entropy_with_logits(logits, targets, pos_weight=weight, reduction="none")
         return nn.functional.cross_entropy(
-            logits_BC, labels, weight=weight, label_smoothing=self.label_smoothing, reduction="sum"
+            logits, labels, weight=weight, label_smoothing=self.label_smoothing, reduction="none"
         )
+
+    def window_loss_sum(self, hidden_states: Any, labels: Tensor) -> Tensor:
+        """Sum over documents of the mean loss of their windows, each of which should tell the label alone."""
+        exists_BN = hidden_states.window_states.any(-1)
+        documents, windows = exists_BN.nonzero(as_tuple=True)
+        losses = self.losses(hidden_states.window_logits[documents, windows], labels[documents])
+        weights = 1 / exists_BN.sum(1)[documents]
+        return (losses * weights.view(-1, *[1] * (losses.dim() - 1))).sum()
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        return self.loss_sum(outputs.logits, labels) / (
-            labels.numel() if num_items_in_batch is None else num_items_in_batch
-        )
+        loss = self.losses(outputs.logits, labels).sum()
+        if self.window_loss:
+            loss = loss + self.window_loss * self.window_loss_sum(outputs.hidden_states, labels)
+        return loss / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
 
 
 class Watch:
@@ -225,7 +236,8 @@ class ReBertaTrainer(PiecewiseTrainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Metrics of the model (its moving average where there is one) on the validation set."""
+        """Metrics of the model (its moving average where there is one) on the validation set, to which its temperature
+        and thresholds are fitted. The loss is that of the logits as they are."""
         model: Any = self.evaluated_model
         with self.accelerator.autocast():
             prediction = predict(model, self.get_eval_dataloader(eval_dataset), self.args.device)
@@ -236,14 +248,16 @@ class ReBertaTrainer(PiecewiseTrainer):
             message = f"step {self.state.global_step}: validation gives logits that are not finite; documents: {names}"
             raise said_once(TrainingError(message))
         assert prediction.labels is not None
-        scores = probabilities(prediction.logits, self.settings.problem_type)
+        temperature = fit_temperature(prediction.logits, prediction.labels)
+        scores = probabilities(prediction.logits, self.settings.problem_type, temperature)
+        model.config.calibration_temperature = temperature
         if self.settings.problem_type == "multi_label":
             model.config.thresholds = tune_thresholds(scores, prediction.labels)
         report = classification_metrics(
             prediction.labels, scores, dataset.label_names, self.settings.problem_type, model.config.thresholds
         )
         labels = torch.from_numpy(prediction.labels)
-        loss = self.objective.loss_sum(torch.from_numpy(prediction.logits), labels) / labels.numel()
+        loss = self.objective.losses(torch.from_numpy(prediction.logits), labels).sum() / labels.numel()
         values = {"loss": float(loss), "accuracy": report["accuracy"], "f1_macro": report["f1_macro"]}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         self.log(dict(metrics))

@@ -1,7 +1,7 @@
 """Evaluate a checkpoint on a test set: `python main.py --mode evaluate`, or `python evaluate.py` with the same options.
 
 The report folder holds `evaluation_results.txt`, `metrics.json`, `class_metrics.png`, `confusion_matrix.png`,
-`evaluation.log` and, with `--save_predictions`, `predictions.csv`.
+`reliability.png`, `evaluation.log` and, with `--save_predictions`, `predictions.csv`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +19,7 @@ from config import Settings
 from data_utils.dataset import LongTextDataset, dataset_options, evaluation_loader
 from data_utils.overlap import warn_of_overlap
 from evaluation_utils import evaluate_model
-from models.checkpoint import Checkpoint, load_checkpoint_tokenizer, load_model_and_config, load_training_texts
+from models.checkpoint import load_all
 from models.quantization import quantize_int8
 from models.reberta import RecurrentRoBERTa
 from models.registry import READING
@@ -35,7 +36,6 @@ from utils import (
     made_up_folder,
     mixed_precision_type,
     setup_logging,
-    validate_params,
 )
 
 
@@ -63,9 +63,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         num_workers=settings.num_workers,
         pin_memory=reader.device.type == "cuda",
     )
-    assert settings.model_path is not None
-    training_texts = load_training_texts(settings.model_path)
-    overlap = None if training_texts is None else warn_of_overlap(dataset, "test", training_texts)
+    texts = reader.training_texts
+    overlap = None if texts is None else warn_of_overlap(dataset, "test", texts)
     with reader.autocast():
         metrics = evaluate_model(
             reader.model,
@@ -74,6 +73,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
             dataset.label_names,
             folder,
             problem_type=settings.problem_type,
+            temperature=reader.model.config.calibration_temperature,
             thresholds=reader.model.config.thresholds,
             max_window_failures=settings.max_window_failures,
             predictions_path=folder / "predictions.csv" if settings.save_predictions else None,
@@ -98,6 +98,8 @@ class Reader(NamedTuple):
     device: torch.device
     precision: str
     """`fp32`, `bf16`, `fp16` or `int8`."""
+    training_texts: np.ndarray | None
+    """The hashes of the texts that it was trained on."""
 
     def autocast(self) -> torch.autocast:
         """The context to compute in."""
@@ -116,7 +118,7 @@ def load_reader(settings: Settings, device: torch.device) -> Reader:
     assert settings.model_path is not None
     if settings.int8 and device.type != "cpu":
         raise ConfigError("--int8 computes on a CPU only; give --device cpu with it")
-    checkpoint, tokenizer = load_model(settings.model_path)
+    checkpoint, tokenizer, training_texts = load_all(settings.model_path)
     written = {"read": "first", **checkpoint.settings}  # models of before that option have none
     learned = {
         name: written[name]
@@ -139,14 +141,7 @@ def load_reader(settings: Settings, device: torch.device) -> Reader:
         model, precision = quantize_int8(model), "int8"
     id2label = checkpoint.label_maps["id2label"]
     label_names = [id2label[index] for index in range(len(id2label))]
-    return Reader(model, tokenizer, label_names, settings, device, precision)
-
-
-@error_handler(error_type=ModelError)
-@validate_params(path=str)
-def load_model(path: str) -> tuple[Checkpoint, PreTrainedTokenizerBase]:
-    """The checkpoint and its tokenizer."""
-    return load_model_and_config(path), load_checkpoint_tokenizer(path)
+    return Reader(model, tokenizer, label_names, settings, device, precision, training_texts)
 
 
 @error_handler(error_type=DataError)

@@ -1,7 +1,6 @@
 """Predictions of a model, what they are worth, and the report on them.
 
 - `predict`: logits of a data set in its own order, whatever the order of the batches, and the windows that failed
-- `probabilities`, `predicted_labels`, `confidences`, `tune_thresholds`: from logits to one or several labels
 - `check_documents`, `check_share`: windows that failed, and when that ends the run
 - `classification_metrics`, `metrics_by_length`: scikit-learn's measures by class, averaged and by document length;
   log loss and calibration error
@@ -20,20 +19,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import accuracy_score, f1_score, precision_recall_curve, precision_recall_fscore_support
+from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from calibration import calibration_error, claims, confidences, predicted_labels, probabilities
 from data_utils.predictions import harmless, label_cell
+from figure_text import display_width, shorten
 from processes import gather
 from utils import DataError, ModelError, TrainingError, atomic_path, error_handler, is_main_process, logger, write_text
-from visualization_utils import display_width, save_class_metrics, save_confusion_matrix, shorten
+from visualization_utils import save_class_metrics, save_confusion_matrix, save_reliability
 
 LENGTH_EDGES = (512, 1024, 2048, 4096, 8192, 16384)
-CALIBRATION_BINS = 15
 MOST_NAMES = 20  # failures that are named; all are counted
 MEASURES = ("precision", "recall", "f1")
+CALIBRATED = {"log_loss": "log loss", "ece": "calibration error", "ece_classwise": "error by class"}
 
 
 @dataclass(frozen=True)
@@ -101,51 +102,6 @@ def predict(model: nn.Module, data_loader: DataLoader, device: torch.device | st
     )
 
 
-def probabilities(logits: np.ndarray, problem_type: str = "single_label") -> np.ndarray:
-    """[n, C], float64: softmax over the classes, or a sigmoid for each with `multi_label`."""
-    scores = torch.from_numpy(logits).double()
-    return (scores.sigmoid() if problem_type == "multi_label" else scores.softmax(-1)).numpy()
-
-
-def predicted_labels(
-    probabilities: np.ndarray, problem_type: str = "single_label", thresholds: Sequence[float] | None = None
-) -> np.ndarray:
-    """[n] class indices; with `multi_label` [n, C] 0/1, 1 from the class's threshold (0.5 by default) upwards."""
-    if problem_type == "multi_label":
-        return (probabilities >= (0.5 if thresholds is None else np.asarray(thresholds))).astype(np.int64)
-    return probabilities.argmax(-1)
-
-
-def confidences(probabilities: np.ndarray, predicted: np.ndarray) -> np.ndarray:
-    """[n], the probability of what is predicted; for several labels that of the set, taken as independent."""
-    if predicted.ndim == 2:
-        return np.where(predicted, probabilities, 1 - probabilities).prod(-1)
-    return probabilities.max(-1)
-
-
-def tune_thresholds(probabilities: np.ndarray, labels: np.ndarray) -> list[float]:
-    """For each class the threshold with the best F1 on these documents (validation data); 0.5 for a class without any.
-
-    `probabilities` [n, C], `labels` [n, C] 0/1.
-    """
-    return [
-        _best_threshold(scores, truth) if truth.any() else 0.5
-        for scores, truth in zip(probabilities.T, labels.T, strict=True)
-    ]
-
-
-def _best_threshold(scores: np.ndarray, truth: np.ndarray) -> float:
-    precision, recall, thresholds = precision_recall_curve(truth, scores)
-    f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
-    return float(thresholds[f1[:-1].argmax()])
-
-
-def calibration_error(probabilities: np.ndarray, outcomes: np.ndarray, bins: int = CALIBRATION_BINS) -> float:
-    """Expected calibration error (Guo et al., 2017, eq. 5): mean gap of probability and frequency over equal bins."""
-    place = np.minimum((probabilities * bins).astype(np.int64), bins - 1)
-    return float(np.abs(np.bincount(place, weights=outcomes - probabilities)).sum() / len(probabilities))
-
-
 def classification_metrics(
     labels: np.ndarray,
     probabilities: np.ndarray,
@@ -174,8 +130,7 @@ def classification_metrics(
         scores = precision_recall_fscore_support(truth, predicted, labels=classes, average=average, zero_division=0)
         metrics |= {f"{measure}_{average}": float(score) for measure, score in zip(MEASURES, scores, strict=False)}
     metrics["log_loss"] = _log_loss(probabilities, truth_nC, multi)
-    likely, right = (probabilities.ravel(), truth_nC.ravel()) if multi else (probabilities.max(-1), predicted == truth)
-    metrics["ece"] = calibration_error(likely, right)
+    metrics["ece"] = calibration_error(*claims(probabilities, truth))
     metrics["ece_classwise"] = float(np.mean(list(map(calibration_error, probabilities.T, truth_nC.T))))
     columns = precision_recall_fscore_support(truth, predicted, labels=classes, zero_division=0)
     metrics["per_class"] = [
@@ -231,6 +186,7 @@ def evaluate_model(
     log_dir: str | Path,
     *,
     problem_type: str = "single_label",
+    temperature: float = 1.0,
     thresholds: Sequence[float] | None = None,
     max_window_failures: float = 1.0,
     predictions_path: str | Path | None = None,
@@ -241,12 +197,14 @@ def evaluate_model(
 ) -> dict[str, Any]:
     """Score `model` on labelled documents and write the report to `log_dir`.
 
-    Writes `evaluation_results.txt`, `metrics.json`, `class_metrics.png`, `confusion_matrix.png`, and with
-    `predictions_path` a CSV file: id, label, predicted, confidence, one probability a class. `ids`, `token_counts` and
+    Writes `evaluation_results.txt`, `metrics.json`, `class_metrics.png`, `confusion_matrix.png`, `reliability.png`, and
+    with `predictions_path` a CSV file: id, label, predicted, confidence, one probability a class. `temperature` and
+    `thresholds` are those of the model's validation data (see `calibration`). `ids`, `token_counts` and
     `coverage` (of all documents, by their place in the data set) are the data set's own where it has them.
     `overlap_with_training` is how many of the documents the model was trained on, where that is known.
 
-    Returns: what metrics.json holds: `classification_metrics`, and `documents`, `windows`, `failed_windows`,
+    Returns: what metrics.json holds: `classification_metrics` of the calibrated probabilities, `temperature`, and
+    `log_loss`, `ece` and `ece_classwise` without it (`*_uncalibrated`); `documents`, `windows`, `failed_windows`,
     `window_failures`, `by_length`, `coverage`, `thresholds`, `overlap_with_training` where they are known.
 
     Raises:
@@ -264,10 +222,13 @@ def evaluate_model(
         return {}
     names = {i: str(i) if ids is None else ids[i] for i in prediction.index.tolist()}
     labels = _checked_labels(prediction, names, label_names, max_window_failures)
-    scores = probabilities(prediction.logits, problem_type)
+    raw_scores = probabilities(prediction.logits, problem_type)
+    scores = probabilities(prediction.logits, problem_type, temperature)
     predicted = predicted_labels(scores, problem_type, thresholds)
     metrics: dict[str, Any] = {"problem_type": problem_type, "documents": len(labels)}
     metrics |= classification_metrics(labels, scores, label_names, problem_type, thresholds)
+    uncalibrated = classification_metrics(labels, raw_scores, label_names, problem_type)
+    metrics |= {"temperature": temperature, **{f"{name}_uncalibrated": uncalibrated[name] for name in CALIBRATED}}
     metrics |= {"windows": prediction.windows, "failed_windows": prediction.failed_windows}
     metrics["window_failures"] = [{"document": names[i], "window": window} for i, window in prediction.failures]
     if token_counts is not None:
@@ -286,6 +247,11 @@ def evaluate_model(
     write_text(folder / "evaluation_results.txt", format_report(metrics))
     save_class_metrics(metrics["per_class"], folder / "class_metrics.png")
     save_confusion_matrix(labels, predicted, folder / "confusion_matrix.png", label_names)
+    curves = {
+        f"temperature 1: calibration error {uncalibrated['ece']:.3f}": claims(raw_scores, labels),
+        f"temperature {temperature:.3g}: calibration error {metrics['ece']:.3f}": claims(scores, labels),
+    }
+    save_reliability(curves, folder / "reliability.png")
     return metrics
 
 
@@ -357,8 +323,11 @@ def format_report(metrics: Mapping[str, Any]) -> str:
         ("documents", f"{documents:,}"),
         ("accuracy", f"{metrics['accuracy']:.4f} ({correct:,} of {documents:,} documents)"),
         *((f"F1 {average}", f"{metrics[f'f1_{average}']:.4f}") for average in _averages(metrics)),
-        ("log loss", f"{metrics['log_loss']:.4f}"),
-        ("calibration error", f"{metrics['ece']:.4f} (by class {metrics['ece_classwise']:.4f})"),
+        ("temperature", f"{metrics['temperature']:.4f}"),
+        *(
+            (fact, f"{metrics[name]:.4f} (uncalibrated {metrics[f'{name}_uncalibrated']:.4f})")
+            for name, fact in CALIBRATED.items()
+        ),
     ]
     if coverage := metrics.get("coverage"):
         read, total = coverage["tokens_read"], coverage["tokens_total"]

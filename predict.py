@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
+from calibration import confidences, predicted_labels, probabilities
 from config import Settings
 from data_utils.cache import Preparation
 from data_utils.dataset import evaluation_loader
@@ -29,7 +30,7 @@ from data_utils.readers import Quarantine, checked_records, expand_paths
 from data_utils.records import Columns
 from data_utils.stream import DocumentPart, documents_in_parts, one_ahead
 from evaluate import Reader, load_reader
-from evaluation_utils import check_documents, check_share, confidences, predict, predicted_labels, probabilities
+from evaluation_utils import check_documents, check_share, predict
 from models.checkpoint import checkpoint_hash
 from models.registry import READING
 from processes import under_torchrun
@@ -172,8 +173,9 @@ def predict_part(reader: Reader, part: DocumentPart) -> tuple[str, dict[str, int
     with reader.autocast():
         prediction = predict(reader.model, loader, reader.device)
     check_documents(prediction, part.ids)
-    scores = probabilities(prediction.logits, settings.problem_type)
-    predicted = predicted_labels(scores, settings.problem_type, reader.model.config.thresholds)
+    config = reader.model.config
+    scores = probabilities(prediction.logits, settings.problem_type, config.calibration_temperature)
+    predicted = predicted_labels(scores, settings.problem_type, config.thresholds)
     sure = confidences(scores, predicted).tolist()
     rows = map(Row, part.ids, predicted, sure, scores, part.token_counts, part.tokens_read)
     cut = sum(read < tokens for read, tokens in zip(part.tokens_read, part.token_counts, strict=True))

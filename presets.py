@@ -29,6 +29,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "window_overlap": 0,
         "max_memory": None,
         "freeze_except_last": None,
+        "window_loss": 0.0,
     },
 }
 DEFAULTS: dict[str, dict[str, Any]] = {"head": {"window_size": 512}, "head_tail": {"window_size": 512}}

@@ -155,7 +155,7 @@ def build_trainer(
         settings,
         data,
         run,
-        Objective(settings.label_smoothing, class_weights(settings, data.train)),
+        Objective(settings.label_smoothing, class_weights(settings, data.train), settings.window_loss),
         model=model,
         args=_training_arguments(settings, run, device, epochs, steps),
         optimizer_cls_and_kwargs=(optimizer, {"lr": settings.learning_rate, **optimizer_options}),

@@ -4,8 +4,9 @@
 - `save_class_metrics`: precision, recall and F1 of each class, best first; bars, or a dot plot for many classes
 - `save_learning_curves`, `save_run_curves`: one measure in the course of training; a whole run on one page
 - `save_length_coverage`: how many documents a number of windows covers
-- any number of classes, long names, any script: the page grows around what stands on it, so that nothing is cut off.
-  Chinese and Japanese are drawn with an installed font or with the one in `FONT_PACKAGE`, loaded when a name needs it
+- `save_reliability`: probabilities against observed frequencies
+- any number of classes, long names, any script (see `figure_text`): the page grows around what stands on it, so that
+  nothing is cut off
 
 Figures are `Figure` objects: neither pyplot nor the chosen backend is touched.
 """
@@ -13,30 +14,24 @@ Figures are `Figure` objects: neither pyplot nor the chosen backend is touched.
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib.util
 import math
-import re
-import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib import font_manager
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ft2font import FT2Font
 from matplotlib.image import AxesImage
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix
 
-from utils import atomic_path, logger
+from figure_text import Names, Rows, display_width
+from utils import atomic_path
 
 DPI = 200
-POINTS = 72  # in an inch
 STYLE: dict[Any, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -51,13 +46,6 @@ STYLE: dict[Any, Any] = {
 GREY, BLUE, ORANGE = "#777777", "#0072B2", "#D55E00"  # colours of Okabe and Ito (2008), safe for the colour-blind
 MEASURES = (("precision", "#56B4E9", "o"), ("recall", "#E69F00", "s"), ("f1", "#3b3b3b", "D"))
 
-FONT_PACKAGE = "pylopdf-fonts-zh-cn"  # ships Noto Sans SC under the OFL; its code is never imported
-FONT_FILE = ("pylopdf_fonts_zh_cn", "NotoSansSC-Regular.otf")
-FONT_FAMILIES = """Noto Sans CJK SC, Noto Sans SC, Source Han Sans SC, Source Han Sans CN, Microsoft YaHei, PingFang SC,
-Hiragino Sans GB, WenQuanYi Micro Hei, WenQuanYi Zen Hei, SimHei, Noto Sans CJK JP, Malgun Gothic, Apple SD Gothic Neo,
-Noto Sans KR, Arial Unicode MS""".replace("\n", " ").split(", ")
-
-WIDE = "\u2e80-\U0010ffff"  # a line may break beside these
 OUTCOMES = (
     "with label:\nfound (TP)",
     "with label:\nmissed (FN)",
@@ -66,145 +54,6 @@ OUTCOMES = (
 )
 Labels = Sequence[Any] | np.ndarray
 Values = Sequence[float] | Sequence[tuple[float, float]]
-
-
-@functools.cache
-def _glyphs(font_path: str) -> frozenset[str]:
-    return frozenset(map(chr, FT2Font(font_path).get_charmap()))
-
-
-def _font_candidates() -> Iterator[tuple[str, str]]:
-    """Family and file of the fonts to try after DejaVu Sans: the installed ones, then the one of `FONT_PACKAGE`."""
-    installed = {font.name: font.fname for font in font_manager.fontManager.ttflist}
-    yield from ((family, installed[family]) for family in FONT_FAMILIES if family in installed)
-    package, file_name = FONT_FILE
-    spec = importlib.util.find_spec(package)
-    if spec is not None and spec.submodule_search_locations:
-        path = str(Path(spec.submodule_search_locations[0]) / file_name)
-        if path not in installed.values():
-            font_manager.fontManager.addfont(path)
-        yield FT2Font(path).family_name, path
-
-
-def choose_fonts(texts: Iterable[str]) -> tuple[list[str], set[str]]:
-    """The font families that draw `texts`, DejaVu Sans first, and the characters that none of them has."""
-    families = ["DejaVu Sans"]
-    missing = set().union(*texts) - _glyphs(font_manager.findfont("DejaVu Sans"))
-    candidates = _font_candidates()
-    while missing and (candidate := next(candidates, None)):
-        family, path = candidate
-        if missing & _glyphs(path):
-            families.append(family)
-            missing -= _glyphs(path)
-    if missing:
-        logger.warning(
-            "figures: no font here has %s; boxes stand for them. `pip install %s` brings Chinese and Japanese",
-            " ".join(f"{char!r} (U+{ord(char):04X})" for char in sorted(missing)[:8]),
-            FONT_PACKAGE,
-        )
-    return families, missing
-
-
-def display_width(text: str) -> int:
-    """Columns that `text` takes: two for a wide (Chinese, Japanese, Korean) character, none for a combining mark."""
-    return sum(0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF") for char in text)
-
-
-def shorten(text: str, width: int) -> str:
-    """`text` in at most `width` columns; an ellipsis stands for what is left out of its middle."""
-    if display_width(text) <= width:
-        return text
-    head, tail = "", ""
-    while display_width(head + text[len(head)]) <= 0.6 * (width - 1):
-        head += text[len(head)]
-    while display_width(f"{head}…{text[-len(tail) - 1 :]}") <= width:
-        tail = text[-len(tail) - 1 :]
-    return f"{head}…{tail}"
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    """Lines of at most `width` columns, broken at blanks, after / _ . - and beside wide characters where possible."""
-    lines = [""]
-    for piece in re.findall(rf"\s|[{WIDE}]|[^\s{WIDE}/_.-]{{1,{width - 1}}}[/_.-]?|[/_.-]", text):
-        if display_width(lines[-1] + piece.rstrip()) <= width:
-            lines[-1] += piece
-        else:
-            lines.append(piece.lstrip())
-    return [line.rstrip() for line in lines]
-
-
-def _fold(name: str, width: int, max_lines: int) -> str:
-    """`name` on at most `max_lines` lines of `width` columns, shortened if it must be."""
-    budget = width * max_lines
-    while len(lines := _wrap(shorten(name, budget), width)) > max_lines:
-        budget -= 2
-    return "\n".join(lines)
-
-
-class Names(NamedTuple):
-    """Names that stand on a figure, the fonts they need and the characters that no font has."""
-
-    names: list[str]
-    families: list[str]
-    missing: set[str]
-
-    @classmethod
-    def of(cls, names: Iterable[str]) -> Names:
-        names = [" ".join(name.split()) for name in names]
-        return cls(names, *choose_fonts(names))
-
-    @property
-    def drawable(self) -> list[str]:
-        """The names with a box for each character that no font has."""
-        return ["".join("□" if char in self.missing else char for char in name) for name in self.names]
-
-    def ticks(self, rows: Rows) -> list[str]:
-        """The names as they stand on an axis of such rows: folded, and all of them different.
-
-        A name with boxes, or one that folding made equal to another, has its number in front: "#17 ...".
-        """
-        width = {1: 48, 2: 40, 3: 34}[rows.max_lines]
-        drawable = self.drawable
-        folded = [_fold(name, width, rows.max_lines) for name in drawable]
-        count = Counter(folded)
-        return [
-            _fold(f"#{i} {drawn}", width, rows.max_lines) if count[fold] > 1 or drawn != name else fold
-            for i, (name, drawn, fold) in enumerate(zip(self.names, drawable, folded, strict=True))
-        ]
-
-
-class Rows(NamedTuple):
-    """Rows of a figure: height in inches, size of their labels in points; every `step`-th row has a label."""
-
-    number: int
-    height: float
-    font_size: float
-    step: int
-
-    @classmethod
-    def of(cls, number: int, largest: float, smallest: float, room: float, limit: float) -> Rows:
-        """Rows shrink from `largest` to `smallest` inches as they fill `room` inches; then the figure grows to `limit`
-        inches, and beyond that rows shrink further and labels are thinned."""
-        height = min(max(min(largest, room / number), smallest), limit / number)
-        step = math.ceil(smallest / height - 1e-9)
-        return cls(number, height, min(9.0, height * step * POINTS * 0.66), step)
-
-    @property
-    def total(self) -> float:
-        return self.number * self.height
-
-    @property
-    def labelled(self) -> range:
-        return range(0, self.number, self.step)
-
-    @property
-    def pitch(self) -> float:
-        """Points from one label to the next."""
-        return self.height * self.step * POINTS
-
-    @property
-    def max_lines(self) -> int:
-        return min(3, max(1, int(self.pitch / (self.font_size * 1.25))))
 
 
 @contextlib.contextmanager
@@ -447,3 +296,28 @@ def _draw_coverage(axes: Axes, label: str, colour: str, shares: np.ndarray, dept
     style: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "ha": "center"}
     for count in (2**power for power in range(len(shares).bit_length())):
         axes.annotate(f"{shares[count - 1]:.1%}", (count, 0), (0, -depth), fontsize=7, color=colour, **style)
+
+
+def save_reliability(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], path: str | Path, bins: int = 15) -> None:
+    """Draw how often predictions of a probability are right, and below it how many predictions each bin has.
+
+    `curves`: one or two by name, the last one on top: probabilities [n], and whether what they were given to is so [n].
+    A point is a bin that is not empty.
+    """
+    edges = np.linspace(0, 1, bins + 1)
+    with _page(path, 3.4, 3.4, ["DejaVu Sans"]) as (_, axes):
+        below = axes.inset_axes((0, -0.5, 1, 0.32))
+        axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
+        for colour, name in zip((ORANGE, BLUE)[-len(curves) :], curves, strict=True):
+            probabilities, outcomes = curves[name]
+            frequency, mean = calibration_curve(outcomes, probabilities, n_bins=bins)
+            axes.plot(mean, frequency, color=colour, marker="o", markersize=3.5, label=name, clip_on=False)
+            below.stairs(np.histogram(probabilities, edges)[0], edges, color=colour)
+        for panel in (axes, below):
+            panel.set(xlim=(0, 1))
+            panel.grid()
+        axes.set(ylim=(0, 1), ylabel="observed frequency")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), fontsize=8)
+        below.set(yscale="log", ylim=(0.8, None), ylabel="predictions", xlabel="predicted probability")
+        below.yaxis.set_major_formatter("{x:,.0f}")  # 10^3 would need the parser of formulas
+        below.minorticks_off()

@@ -1,11 +1,11 @@
-"""docs/benchmarks.md, docs/reliability.md and their figures, from benchmarks/results: every number there is generated.
+"""docs/benchmarks.md, reliability.md, results.md and figures, from benchmarks/results: every number there is generated.
 
     python -m benchmarks.report
 
 - a section a file: machine, versions, commands, table, figure; files of one benchmark (`speed-*.json`) stand together
 - what a person has to say stands in benchmarks/notes: `intro.md` (`reliability.md`), `<benchmark>.md`, and `<file>.md`
   for one of several
-- docs/reliability.md is written when there are results for each of its sections
+- docs/reliability.md waits for results of all its sections; docs/results.md, for quality.json: see `quality_report`
 - a benchmark that has no table of its own here is shown as its rows are
 """
 
@@ -33,7 +33,7 @@ NOTES = BENCHMARKS / "notes"
 PAGE = BENCHMARKS.parent / "docs" / "benchmarks.md"
 OURS = "ReBerta"
 STRIKES = ("while starting", "while training", "aimed at a save", "during a save")
-RELIABILITY = "reliability.md"  # beside PAGE
+RELIABILITY, QUALITY = "reliability.md", "results.md"  # beside PAGE
 TITLES = {
     "speed": "Speed",
     "memory": "Memory",
@@ -337,14 +337,19 @@ def _read(path: Path) -> dict[str, Any]:
     return {"rows": content} if isinstance(content, list) else content
 
 
-def render(contents: Mapping[str, Content]) -> str:
-    """The page of the benchmarks, from the content of each file by its name without the ending."""
-    parts = _sections(contents, TITLES) or ["There are no results in benchmarks/results yet."]
-    return "\n\n".join(["# Benchmarks", *_note("intro"), *parts]) + "\n"
+def pages(contents: Mapping[str, Content]) -> dict[Path, str]:
+    """The pages that there are results for, from the content of each file by its name without the ending."""
+    from benchmarks import quality_report  # whose tables are made with what stands here
 
-
-def render_reliability(contents: Mapping[str, Content]) -> str:
-    return "\n\n".join(["# Reliability", *_note("reliability"), *_sections(contents, RELIABILITY_TITLES)]) + "\n"
+    found = _sections(contents, TITLES) or ["There are no results in benchmarks/results yet."]
+    made = {PAGE: ["# Benchmarks", *_note("intro"), *found]}
+    if RELIABILITY_TITLES.keys() <= contents.keys():
+        found = _sections(contents, RELIABILITY_TITLES)
+        made[PAGE.with_name(RELIABILITY)] = ["# Reliability", *_note("reliability"), *found]
+    if "quality" in contents:
+        found = quality_report.sections(contents["quality"])
+        made[PAGE.with_name(QUALITY)] = ["# Results", *_note("quality"), *found]
+    return {page: "\n\n".join(parts) + "\n" for page, parts in made.items()}
 
 
 def _sections(contents: Mapping[str, Content], titles: Mapping[str, str]) -> list[str]:
@@ -387,9 +392,8 @@ def main() -> None:
     for name, content in figures(contents).items():
         with mpl.rc_context(STYLE), atomic_path(PAGE.parent / f"{name}.png") as temporary:
             FIGURES[content["benchmark"]](content).savefig(temporary, dpi=DPI)
-    write_text(PAGE, render(contents))
-    if RELIABILITY_TITLES.keys() <= contents.keys():
-        write_text(PAGE.with_name(RELIABILITY), render_reliability(contents))
+    for path, text in pages(contents).items():
+        write_text(path, text)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import hashlib
 import json
@@ -99,13 +100,10 @@ class Preparation:
 
     def key(self) -> str:
         """A name for the cache of exactly this preparation."""
-        backend = self.tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
         content = {
             "format": FORMAT,
             "files": [_stamp(file) for file in self.files],
-            "tokenizer": hashlib.sha256(backend.to_str().encode("utf-8")).hexdigest(),
+            "tokenizer": self._tokenizer_hash,
             "tokenizers": tokenizers.__version__,
             "special": [self.tokenizer.cls_token_id, self.tokenizer.sep_token_id],
             "windows": [self.window_size, self.window_overlap, self.token_limit],
@@ -113,6 +111,13 @@ class Preparation:
             "reading": [self.columns, self.problem_type, self.skip_bad_lines, self.words],
         }
         return hashlib.sha256(json.dumps(content).encode("utf-8")).hexdigest()[:32]
+
+    @functools.cached_property
+    def _tokenizer_hash(self) -> str:
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        return hashlib.sha256(backend.to_str().encode("utf-8")).hexdigest()
 
     def build(self, folder: Path) -> None:
         """Write the prepared documents, the quarantine and, last, the manifest into `folder`."""
@@ -140,12 +145,9 @@ class Preparation:
         rows, tokens = zip(*documents, strict=True)
         labels, names, sources, hashes = zip(*rows, strict=True)
         lengths_D = np.array([len(document.ids) for document in tokens])
-        if self.read == "random":
-            kept = [np.arange(length)[: self.max_len] for length in lengths_D]
-        else:
-            kept = [self.positions(length) for length in lengths_D]
-        ids = np.concatenate([document.ids[places] for document, places in zip(tokens, kept, strict=True)])
-        kept_D = np.array([len(places) for places in kept])
+        kept = [self._kept(document) for document in tokens]
+        ids = np.concatenate([document.ids for document in kept])
+        kept_D = np.array([len(document.ids) for document in kept])
         stored, slots_D = ids, kept_D
         if self.read != "random":
             special = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
@@ -161,11 +163,17 @@ class Preparation:
             "word_starts": [None] * len(documents),
         }
         if self.words:
-            starts = [
-                word_starts_at(document.word_starts, places) for document, places in zip(tokens, kept, strict=True)
-            ]
-            columns["word_starts"] = _lists(np.concatenate(starts), kept_D)
+            columns["word_starts"] = _lists(np.concatenate([document.word_starts for document in kept]), kept_D)
         return pa.record_batch(columns, schema=SCHEMA)
+
+    def _kept(self, document: Tokens) -> Tokens:
+        """The tokens that its windows are cut from."""
+        ids, word_starts = document
+        if self.read == "head_tail":
+            places = self.positions(len(ids))
+            return Tokens(ids[places], None if word_starts is None else word_starts_at(word_starts, places))
+        limit = self.max_len if self.read == "random" else self.token_limit
+        return Tokens(ids[:limit], None if word_starts is None else word_starts[:limit])
 
 
 @contextlib.contextmanager

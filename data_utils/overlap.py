@@ -17,13 +17,17 @@ from utils import logger
 if TYPE_CHECKING:
     from data_utils.dataset import LongTextDataset
 
+_LOWER = bytes(range(256)).lower()
 _SPACES = b" \t\n\r\v\f"  # compatibility normalisation makes the wide and the unbreakable ones of these
 _SHOWN = 5
 
 
 def text_hash(text: str) -> int:
     """A signed 64-bit hash (BLAKE2b) of the text without its spaces, its case and its character width."""
-    plain = unicodedata.normalize("NFKC", text).casefold().encode("utf-8").translate(None, _SPACES)
+    if text.isascii():  # there folding is lower case, and normalisation changes nothing
+        plain = text.encode().translate(_LOWER, _SPACES)
+    else:
+        plain = unicodedata.normalize("NFKC", text).casefold().encode("utf-8").translate(None, _SPACES)
     return int.from_bytes(hashlib.blake2b(plain, digest_size=8).digest(), "big", signed=True)
 
 

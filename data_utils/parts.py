@@ -35,6 +35,7 @@ class Parts:
         self.summary = output.with_name(f"{output.name}.json")
         self.quarantine = output.with_name(f"{output.name}.quarantine.jsonl")
         self.lock = FileLock(self.folder / LOCK)
+        self._whole: dict[int, dict[str, int]] = {}  # the counts of parts that this process wrote or found whole
 
     def is_finished(self) -> bool:
         """Whether the output is there, whole and of this making.
@@ -76,9 +77,12 @@ class Parts:
         head = json.dumps({**counts, "sha256": hashlib.sha256(encoded).hexdigest()})
         with atomic_path(self._path(number)) as temporary:
             temporary.write_bytes(head.encode("utf-8") + b"\n" + encoded)
+        self._whole[number] = dict(counts)
 
     def counts(self, number: int) -> dict[str, int] | None:
-        """What part `number` counts, or None if it is not there or damaged."""
+        """What part `number` counts, or None if it is not there or damaged. A part that is whole is read once."""
+        if number in self._whole:
+            return self._whole[number]
         path = self._path(number)
         if not path.is_file():
             return None
@@ -88,6 +92,7 @@ class Parts:
         except ValueError:
             counts = {}
         if counts.pop("sha256", None) == hashlib.sha256(rows).hexdigest():
+            self._whole[number] = counts
             return counts
         logger.warning("%s: is damaged; it is made again", path)
         return None

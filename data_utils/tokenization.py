@@ -72,7 +72,7 @@ def tokenize(
     ids: list[np.ndarray] = []
     word_starts: list[np.ndarray] = []
     for (key, piece, is_last), encoding in _encoded(tokenizer, _batches(_pieces(documents, splits)), words):
-        ids.append(np.array(encoding.ids, dtype=np.int32))
+        ids.append(np.fromiter(encoding.ids, np.int32, len(encoding)))
         if words:
             word_starts.append(_word_starts(piece, encoding))
         if is_last:

@@ -3,7 +3,8 @@
 - folder: `config.json` (with the label maps), `model.safetensors`, the tokenizer, `settings.json`, `model.pt`, and
   `training_texts.safetensors`: hashes of the texts that were trained on, so that an evaluation on them is noticed
 - `save_checkpoint` writes the folder beside its place and moves it there whole
-- `load_model_and_config`, `load_checkpoint_tokenizer`, `load_training_texts`: from either form
+- `load_model_and_config`, `load_checkpoint_tokenizer`, `load_training_texts`: from either form; `load_all`: the three,
+  and a `.pt` file is read once
 - files may come from strangers: nothing pickled is ever run, and a file that unpacks to more than it holds, or whose
   sizes are not those of its weights, is refused before memory is taken
 """
@@ -28,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from models.reberta import RecurrentRoBERTa
@@ -55,6 +56,14 @@ class Checkpoint(NamedTuple):
     """The options that the model was trained with."""
     label_maps: dict[str, dict]
     """`id2label` and `label2id`."""
+
+
+class Saved(NamedTuple):
+    """All that `save_checkpoint` wrote."""
+
+    checkpoint: Checkpoint
+    tokenizer: PreTrainedTokenizerBase
+    training_texts: np.ndarray | None
 
 
 def is_checkpoint(path: str | Path) -> bool:
@@ -117,19 +126,7 @@ def load_model_and_config(path: str | Path) -> Checkpoint:
         ModelError: it is missing, damaged, of another kind, or holds anything but plain data.
     """
     path = _existing(path)
-    if path.is_dir():
-        config, settings, state = _read_folder(path)
-    else:
-        content = _read_file(path)
-        config, settings, state = content["config"], content["settings"], content["state_dict"]
-    try:
-        _check_sizes(config, state)
-    except Exception as error:  # whatever transformers makes of a configuration that anyone may have written
-        raise ModelError(f"{path}: its weights do not fit its configuration: {error}") from error
-    model = _build(config)
-    model.load_state_dict(state)
-    maps = {"id2label": dict(model.config.id2label), "label2id": dict(model.config.label2id)}
-    return Checkpoint(model.eval(), settings, maps)
+    return _model(path, _read_folder(path) if path.is_dir() else _read_file(path))
 
 
 @error_handler(error_type=ModelError)
@@ -142,12 +139,7 @@ def load_checkpoint_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     path = _existing(path)
     if path.is_dir():
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    with tempfile.TemporaryDirectory() as folder:
-        for name, text in _read_file(path)["tokenizer"].items():
-            if not re.fullmatch(r"\w[\w.-]*", name):
-                raise ModelError(f"{path}: refuses to write the tokenizer file {name!r} outside of its folder")
-            (Path(folder) / name).write_text(text, encoding="utf-8")
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return _tokenizer(path, _read_file(path))
 
 
 def load_training_texts(path: str | Path) -> np.ndarray | None:
@@ -158,16 +150,23 @@ def load_training_texts(path: str | Path) -> np.ndarray | None:
     """
     path = _existing(path)
     if path.is_file():
-        texts = _read_file(path).get(_TEXTS)
-    elif (path / TEXTS_FILE).is_file():
-        texts = _read_tensors(path / TEXTS_FILE).get(_TEXTS)
-    else:
-        return None
-    if texts is None:
-        return None
-    if not isinstance(texts, Tensor) or texts.dtype != torch.int64 or texts.dim() != 1:
-        raise ModelError(f"{path}: is damaged: the hashes of its training texts are none")
-    return texts.numpy()
+        return _training_texts(path, _read_file(path))
+    file = path / TEXTS_FILE
+    return _training_texts(path, _read_tensors(file)) if file.is_file() else None
+
+
+@error_handler(error_type=ModelError)
+def load_all(path: str | Path) -> Saved:
+    """What the three functions above load.
+
+    Raises:
+        ModelError: as `load_model_and_config`.
+    """
+    path = _existing(path)
+    if path.is_dir():
+        return Saved(load_model_and_config(path), load_checkpoint_tokenizer(path), load_training_texts(path))
+    content = _read_file(path)
+    return Saved(_model(path, content), _tokenizer(path, content), _training_texts(path, content))
 
 
 def checkpoint_hash(path: str | Path) -> str:
@@ -210,7 +209,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     return content
 
 
-def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, Tensor]]:
+def _read_folder(folder: Path) -> dict[str, Any]:
     missing = [name for name in ("config.json", WEIGHTS_FILE, SETTINGS_FILE) if not (folder / name).is_file()]
     if missing:
         raise ModelError(f"{folder}: is no saved ReBerta model: {', '.join(missing)} missing")
@@ -221,7 +220,38 @@ def _read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str
         raise ModelError(f"{folder}: is damaged: {error}") from error
     if not isinstance(config, dict) or not isinstance(settings, dict):
         raise ModelError(f"{folder}: is damaged: config.json and {SETTINGS_FILE} must hold an object each")
-    return config, settings, _read_tensors(folder / WEIGHTS_FILE)
+    return {"config": config, "settings": settings, "state_dict": _read_tensors(folder / WEIGHTS_FILE)}
+
+
+def _model(path: Path, content: dict[str, Any]) -> Checkpoint:
+    config, state = content["config"], content["state_dict"]
+    try:
+        _check_sizes(config, state)
+    except Exception as error:  # whatever transformers makes of a configuration that anyone may have written
+        raise ModelError(f"{path}: its weights do not fit its configuration: {error}") from error
+    model = _build(config)
+    model.load_state_dict(state)
+    _check_decisions(path, model.config)
+    maps = {"id2label": dict(model.config.id2label), "label2id": dict(model.config.label2id)}
+    return Checkpoint(model.eval(), content["settings"], maps)
+
+
+def _tokenizer(path: Path, content: dict[str, Any]) -> PreTrainedTokenizerBase:
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in content["tokenizer"].items():
+            if not re.fullmatch(r"\w[\w.-]*", name):
+                raise ModelError(f"{path}: refuses to write the tokenizer file {name!r} outside of its folder")
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _training_texts(path: Path, content: dict[str, Any]) -> np.ndarray | None:
+    texts = content.get(_TEXTS)
+    if texts is None:
+        return None
+    if not isinstance(texts, Tensor) or texts.dtype != torch.int64 or texts.dim() != 1:
+        raise ModelError(f"{path}: is damaged: the hashes of its training texts are none")
+    return texts.numpy()
 
 
 def _check_archive(path: Path) -> None:
@@ -237,6 +267,24 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: is damaged: {error}") from error
+
+
+def _check_decisions(path: Path, config: PreTrainedConfig) -> None:
+    """Raises ModelError where what turns logits into labels is nothing that validation data could have given."""
+    temperature, thresholds, classes = config.calibration_temperature, config.thresholds, config.num_labels
+    if not _is_within(temperature, 1e-3, 1e3):
+        fault = f"its calibration_temperature is {temperature!r}, which must be a number from 0.001 to 1000"
+        raise ModelError(f"{path}: is damaged: {fault}")
+    if thresholds is None:
+        return
+    whole = isinstance(thresholds, list) and len(thresholds) == classes
+    if not whole or not all(_is_within(threshold, 0, 1) for threshold in thresholds):
+        fault = f"its thresholds are {thresholds!r}, which must be {classes} numbers from 0 to 1"
+        raise ModelError(f"{path}: is damaged: {fault}")
+
+
+def _is_within(value: Any, low: float, high: float) -> bool:
+    return type(value) in (int, float) and low <= value <= high
 
 
 def _build(config: dict[str, Any]) -> RecurrentRoBERTa | TransformerClassifier:

@@ -16,11 +16,15 @@ except ImportError:
     ConfigError = ValueError  # type: ignore[misc, assignment]
 
 
-CARRIES = ("gated", "residual", "none")
+CARRIES = ("gru", "gated", "residual", "none")
 
 
 class ReBertaConfig(PreTrainedConfig):
-    """What `RecurrentRoBERTa` is built from. `id2label`, `label2id` and `problem_type` are transformers' own."""
+    """What `RecurrentRoBERTa` is built from. `id2label`, `label2id` and `problem_type` are transformers' own.
+
+    `calibration_temperature`, by which logits are divided before they become probabilities, and `thresholds` by class
+    are fitted to validation data. (A plain `temperature` is transformers' own, for generation.)
+    """
 
     model_type = "reberta"
 
@@ -40,7 +44,9 @@ class ReBertaConfig(PreTrainedConfig):
     dropout: float = 0.1
     attention_dropout: float = 0.0
     memory_level: int | str = "auto"
+    window_loss: float = 0.0
     cls_token_id: int | None = None
+    calibration_temperature: float = 1.0
     thresholds: list[float] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:

@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 
 from config import Settings
 from models.aggregation import masked_max, masked_mean
-from models.checkpoint import load_checkpoint_tokenizer, load_model_and_config
+from models.checkpoint import load_all
 from models.encoder import cls_output, max_window_size
 from models.reberta import RecurrentRoBERTa
 from models.registry import READING
@@ -58,10 +58,9 @@ def export(settings: Settings) -> Path:
     folder = Path(settings.output_dir) if settings.output_dir else made_up_folder("export")
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"--output_dir {folder}: is not empty; give another folder")
-    model = load_model_and_config(settings.model_path).model
+    (model, _, _), tokenizer, _ = load_all(settings.model_path)
     if not isinstance(model, RecurrentRoBERTa):
         raise ConfigError(f"{settings.model_path}: --mode export takes models with a window encoder, not this one")
-    tokenizer = load_checkpoint_tokenizer(settings.model_path)
     model.config.update({name: getattr(settings, name) for name in READING if name in settings.model_fields_set})
     model.check()
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -83,8 +82,9 @@ def write_folder(model: RecurrentRoBERTa, tokenizer: PreTrainedTokenizerBase, fo
         np.save(folder / "embeddings.npy", table(torch.arange(table.num_embeddings)).numpy())
     config = model.config
     fields = ("window_size", "window_overlap", "max_windows", "max_len", "num_repeats", "aggregation", "carry", "read")
+    decisions = ("problem_type", "calibration_temperature", "thresholds")
     content = {
-        **{name: getattr(config, name) for name in (*fields, "problem_type", "thresholds")},
+        **{name: getattr(config, name) for name in (*fields, *decisions)},
         **{name: getattr(tokenizer, name) for name in ("cls_token_id", "sep_token_id", "pad_token_id")},
         "positions": max_window_size(model.encoder),
         "labels": [config.id2label[index] for index in range(config.num_labels)],
@@ -101,13 +101,17 @@ def _write_graphs(model: RecurrentRoBERTa, folder: Path) -> None:
         "attention_mask": torch.ones(2, 5, dtype=torch.long),
         "states": torch.randn(2, 5, size),
         # one tensor for several of them would tie these inputs to each other
-        **{name: torch.randn(2, size) for name in ("cls", "output", "fused", "carried", "aggregate")},
+        **{name: torch.randn(2, size) for name in ("cls", "output", "fused", "carried", "aggregate", "memory")},
     }
-    aggregate = ["aggregate"] if config.aggregation == "encoder" else []
+    beside = [
+        name
+        for name, is_there in (("aggregate", config.aggregation == "encoder"), ("memory", config.carry == "gru"))
+        if is_there
+    ]
     graphs: list[tuple[str, Callable[..., Any], list[str], list[str]]] = [
         ("encoder", _encode, ["embeddings", "attention_mask"], ["output"]),
         ("carry", _carry, ["output", "fused", "carried"], ["state", "content", "carried_on"]),
-        ("head", _head, ["states", *aggregate], ["document", "logits"]),
+        ("head", _head, ["states", *beside], ["document", "logits"]),
     ]
     if config.carry != "none":
         graphs.append(("enter", _enter, ["cls", "carried"], ["fused"]))
@@ -166,8 +170,9 @@ def _carry(
     return state_BD, content_BD, state_BD if carried_on_BD is None else carried_on_BD
 
 
-def _head(model: RecurrentRoBERTa, states_BND: Tensor, *aggregate: Tensor) -> tuple[Tensor, Tensor]:
-    """`aggregate` [B, D]: what the encoder makes of the sequence of states, where it is the encoder that aggregates."""
+def _head(model: RecurrentRoBERTa, states_BND: Tensor, *beside: Tensor) -> tuple[Tensor, Tensor]:
+    """`beside`, [B, D] each: what the encoder makes of the sequence of states, where it is the encoder that aggregates,
+    and what is carried at the document's end, where the cell is a `gru`."""
     exists_BN = torch.ones(states_BND.shape[:2], dtype=torch.bool)
     if model.config.aggregation == "max":
         document_BD = masked_max(states_BND, exists_BN)
@@ -177,7 +182,8 @@ def _head(model: RecurrentRoBERTa, states_BND: Tensor, *aggregate: Tensor) -> tu
         document_BD = masked_mean(states_BND, exists_BN)
     if model.config.aggregation == "encoder":
         aggregation: Any = model.aggregation
-        document_BD = aggregation.join(aggregate[0], document_BD)
+        document_BD = aggregation.join(beside[0], document_BD)
+    document_BD = model._with_memory(document_BD, beside[-1] if beside else None)
     return document_BD, model._head(document_BD)
 
 

@@ -4,7 +4,8 @@ It needs numpy, onnxruntime and tokenizers, and stands in the exported folder as
 
   python runner.py FILE.txt [FILE.txt ...]          label, confidence and name of each file, tab-separated
 
-- `OnnxReBerta(folder)`: `predict`, texts to labels; `logits`, the windows of one document to class scores
+- `OnnxReBerta(folder)`: `predict`, texts to labels and calibrated probabilities; `logits`, the windows of one document
+  to class scores as they are
 - window after window, padding left off: besides the tokens themselves a document costs one vector a window
 - `what_is_read`, `cut_windows`: tokens to windows, as in evaluation
 
@@ -91,8 +92,12 @@ class OnnxReBerta:
                 enter = self._enter if states else self._enter_again
                 [embeds_1LD[:, 0]] = enter(embeds_1LD[:, 0], carried_1D)
             output_1D = self._encode(embeds_1LD, mask_L)
-            # where nothing was read before, the output stands in for it: blended with itself it stays what it is
-            before = (output_1D, output_1D) if carried_1D is None else (embeds_1LD[:, 0], carried_1D)
+            if carried_1D is not None:
+                before = embeds_1LD[:, 0], carried_1D
+            elif self.config["carry"] == "gru":
+                before = output_1D, np.zeros_like(output_1D)
+            else:  # the output stands in for what was read before: blended with itself it stays what it is
+                before = output_1D, output_1D
             state_1D, content_1D, carried_1D = self._carry(output_1D, *before)
             if not np.isfinite(state_1D).all():
                 raise ValueError(f"window {len(states)} of the document gives a state that is not finite")
@@ -100,13 +105,15 @@ class OnnxReBerta:
                 carried_1D = None
             states.append(state_1D)
             contents.append(content_1D)
-        aggregate = []
+        beside: list[Any] = []
         if self.config["aggregation"] == "encoder":
             ids_L, mask_L = windows[0]
             first_1D, last_1D = self._embeddings_VD[ids_L[[0]]], self._embeddings_VD[ids_L[[mask_L.sum() - 1]]]
             sequence_1LD = np.stack([first_1D, *contents, last_1D], axis=1)
-            aggregate = [self._encode(sequence_1LD, np.ones(sequence_1LD.shape[1], dtype=np.int64))]
-        return self._head(np.stack(states, axis=1), *aggregate)
+            beside = [self._encode(sequence_1LD, np.ones(sequence_1LD.shape[1], dtype=np.int64))]
+        if self.config["carry"] == "gru":
+            beside.append(carried_1D)
+        return self._head(np.stack(states, axis=1), *beside)
 
     def _encode(self, embeds_1LD: np.ndarray, mask_L: np.ndarray) -> np.ndarray:
         """The encoder's output at position 0, [1, D]."""
@@ -127,7 +134,7 @@ class OnnxReBerta:
         read_ids = what_is_read(ids[: config["max_len"]], room, config["read"], size)
         windows = cut_windows(read_ids, size, *special, overlap)
         read = {"tokens": len(ids), "tokens_read": len(read_ids)}
-        scores_C = self.logits(*windows).astype(np.float64)
+        scores_C = self.logits(*windows).astype(np.float64) / config["calibration_temperature"]
         if config["problem_type"] == "multi_label_classification":
             scores_C = 1 / (1 + np.exp(-scores_C))
             is_said_C = scores_C >= (0.5 if config["thresholds"] is None else np.array(config["thresholds"]))

@@ -29,7 +29,10 @@ def _what_is_read(ids: list[int], room: int, read: str, content: int) -> list[in
 
 
 class ReBertaPipeline(TextClassificationPipeline):
-    """`pipeline("text-classification", model=DIR, trust_remote_code=True)` reads up to `max_windows` windows."""
+    """`pipeline("text-classification", model=DIR, trust_remote_code=True)` reads up to `max_windows` windows.
+
+    Its scores are calibrated, also with `function_to_apply="none"`, which gives logits over the temperature.
+    """
 
     def preprocess(self, inputs: str, **tokenizer_kwargs: Any) -> dict[str, Tensor]:
         config, tokenizer = self.model.config, self.tokenizer
@@ -45,4 +48,4 @@ class ReBertaPipeline(TextClassificationPipeline):
         return {name: padded[name].unsqueeze(0) for name in ("input_ids", "attention_mask")}
 
     def _forward(self, model_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"logits": self.model(**model_inputs).logits}
+        return {"logits": self.model(**model_inputs).logits / self.model.config.calibration_temperature}

@@ -2,7 +2,7 @@
 
 - windows in the encoder's own format, read in order; each document on its own
 - a gated [CLS]: what was read enters the next window through its [CLS] word embedding
-- `carry`: the last state itself (`residual`), a memory that keeps (`gated`), or nothing (`none`)
+- `carry`: a recurrent cell (`gru`), a memory that keeps (`gated`), the last state itself (`residual`), or nothing
 - the window states are aggregated by the same encoder, a small Transformer, attention, mean or max
 - `num_repeats`: the document is read again with what is then known of it
 - memory levels: activations are kept, or computed again in the backward pass
@@ -16,7 +16,6 @@ R repeats. Documents are sorted by their number of windows, so that those with a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +32,7 @@ from transformers import (
 from transformers import initialization as init
 
 from .aggregation import AttentionAggregation, EncoderAggregation, TransformerAggregation, masked_max, masked_mean
+from .batch import Batch, plan_batch
 from .configuration import ReBertaConfig
 from .encoder import Dropout, cls_output, load_encoder, recomputed, token_lookup, use_rotary_positions
 
@@ -59,6 +59,8 @@ class HiddenStates(NamedTuple):
     """[R, B]: the same for the document state of the repeat before."""
     window_failures: Tensor
     """[B, N] bool: windows whose state was not finite and was replaced by the one before it."""
+    window_logits: Tensor | None = None
+    """[B, N, C]: what the head makes of each window's state alone; None unless `window_loss` asks for it."""
 
 
 class ReBertaOutput(NamedTuple):
@@ -67,25 +69,6 @@ class ReBertaOutput(NamedTuple):
     logits: Tensor
     """[B, C]; not a number for a document of which no window could be read."""
     hidden_states: HiddenStates
-
-
-class Batch(NamedTuple):
-    """Documents sorted by their number of windows, existing windows in front, and the host's plan of the pass."""
-
-    embed: Callable[[Tensor], Tensor]
-    """Token ids to word embeddings."""
-    input_ids: Tensor
-    """[B, N, W]"""
-    attention_mask: Tensor
-    """[B, N, W] bool"""
-    skip: Tensor
-    """[B, N] bool: windows that are known to fail."""
-    alive: list[int]
-    """Documents that have a window i."""
-    widths: list[int]
-    """Tokens of the longest window i."""
-    padded: list[bool]
-    """Whether any window i is shorter than that."""
 
 
 class RecurrentRoBERTa(PreTrainedModel):
@@ -142,6 +125,9 @@ class RecurrentRoBERTa(PreTrainedModel):
             self.window_gate = nn.Linear(2 * size, size)
         if config.carry == "gated":
             self.carry_gate = nn.Linear(2 * size, size)
+        elif config.carry == "gru":
+            self.carry_cell = nn.GRUCell(size, size)
+            self.carry_output = nn.Linear(size, size)
         if config.num_repeats > 1:
             self.global_norm = nn.LayerNorm(size)
             self.global_gate = nn.Linear(2 * size, size)
@@ -172,8 +158,17 @@ class RecurrentRoBERTa(PreTrainedModel):
                 "global_gate": self.config.gate_bias,
                 "carry_gate": KEEP_BIAS,
             }
-            init.normal_(module.weight, std=INITIALIZER_RANGE)
+            # at first the memory says nothing of the document, whose state is the mean of its windows
+            init.normal_(module.weight, std=0.0 if name == "carry_output" else INITIALIZER_RANGE)
             init.constant_(module.bias, biases.get(name or "", 0.0))
+        elif isinstance(module, nn.GRUCell):
+            for parameter in module.parameters():
+                init.uniform_(parameter, -(module.hidden_size**-0.5), module.hidden_size**-0.5)
+            # Tallec and Ollivier 2018: from units that keep for a window to units that keep for a whole document
+            reset_D, keep_D, candidate_D = torch.zeros_like(module.bias_ih).chunk(3)
+            keep_D = keep_D.uniform_(1.0, max(2.0, self.config.max_windows - 1.0)).log()
+            init.copy_(module.bias_ih, torch.cat([reset_D, keep_D, candidate_D]))
+            init.zeros_(module.bias_hh)
         elif isinstance(module, (EncoderAggregation, AttentionAggregation)):
             for parameter in module.parameters(recurse=False):
                 init.zeros_(parameter)
@@ -215,7 +210,7 @@ class RecurrentRoBERTa(PreTrainedModel):
         windows_BN = windows_BN[rows_B]
         exists_BN = exists_BN[rows_B].gather(1, windows_BN)
         tokens_BNW = windows_BN.unsqueeze(-1).expand_as(input_ids)
-        batch = _plan(
+        batch = plan_batch(
             token_lookup(self.encoder),
             input_ids[rows_B].gather(1, tokens_BNW),
             attention_mask[rows_B].gather(1, tokens_BNW).bool(),
@@ -225,8 +220,9 @@ class RecurrentRoBERTa(PreTrainedModel):
         document_BD: Tensor | None = None
         window_gates, global_gates, failures = [], [], []
         for _ in range(self.config.num_repeats):
-            states_BND, gates_BN, failed_BN, entered_B = self._read_windows(batch, document_BD)
+            states_BND, gates_BN, failed_BN, entered_B, memory_BD = self._read_windows(batch, document_BD)
             document_BD = self._aggregate(batch, states_BND, exists_BN[:, : states_BND.shape[1]])
+            document_BD = self._with_memory(document_BD, memory_BD)
             window_gates.append(gates_BN)
             global_gates.append(entered_B)
             failures.append(failed_BN)
@@ -239,41 +235,49 @@ class RecurrentRoBERTa(PreTrainedModel):
             absent = values.new_zeros(len(values), slots_BN.shape[1] - values.shape[1], *values.shape[2:])
             return torch.cat([values, absent], dim=1)[back_B.unsqueeze(1), slots_BN]
 
+        window_states_BND = in_place(states_BND)
         hidden_states = HiddenStates(
-            window_states=in_place(states_BND),
+            window_states=window_states_BND,
             document_state=document_BD[back_B],
             window_gates=torch.stack([in_place(gates_BN) for gates_BN in window_gates]),
             global_gates=torch.stack([entered_B[back_B] for entered_B in global_gates]),
             window_failures=in_place(torch.stack(failures).any(0)),
+            window_logits=self._head(window_states_BND) if self.config.window_loss else None,
         )
         return ReBertaOutput(self._head(document_BD)[back_B], hidden_states)
 
-    def _read_windows(self, batch: Batch, document_BD: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """One pass over the windows: states [B, N, D], gates [B, N], failures [B, N], and the global gate [B]."""
+    def _read_windows(
+        self, batch: Batch, document_BD: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """One pass over the windows: states [B, N, D], gates [B, N], failures [B, N], the global gate [B], and what
+        is carried at each document's end [B, D]."""
         windows = len(batch.alive)
         level = self.memory_level(windows) if torch.is_grad_enabled() else None
         stride = {None: 1, 0: windows, 1: 2, 2: 1}[level]
-        carried = document_BD if self.config.carry == "gated" else None
+        carried = document_BD if self.config.carry in ("gated", "gru") else None
         previous: Tensor | None = None
         states: list[Tensor] = []
         gates: list[Tensor] = []
         failed: list[Tensor] = []
+        ended: list[Tensor] = []
         for start in range(0, windows, stride):
             chunk = range(start, min(start + stride, windows))
             arguments = (batch, chunk, carried, previous, document_BD, level == 2)
-            chunk_states, chunk_gates, chunk_failed, carried = (
+            chunk_states, chunk_gates, chunk_failed, chunk_ended, carried = (
                 recomputed(self._read_chunk, *arguments) if level else self._read_chunk(*arguments)
             )
             previous = chunk_states[-1]
             states += chunk_states
             gates += chunk_gates
             failed += chunk_failed
+            ended += chunk_ended
         together = batch.alive[-1] == batch.alive[0]  # pad_sequence would leave 2 KB of autograd's graph a window
         states_BND = torch.stack(states, dim=1) if together else pad_sequence(states)
         gates_BN, failed_BN = pad_sequence(gates), pad_sequence(failed)
         entered_B = gates_BN[:, 0]
         gates_BN = torch.cat([torch.zeros_like(gates_BN[:, :1]), gates_BN[:, 1:]], dim=1)
-        return states_BND, gates_BN, failed_BN, entered_B
+        memory_BD = None if carried is None else torch.cat([carried, *reversed(ended)])
+        return states_BND, gates_BN, failed_BN, entered_B, memory_BD
 
     def _read_chunk(
         self,
@@ -283,16 +287,20 @@ class RecurrentRoBERTa(PreTrainedModel):
         previous: Tensor | None,
         document_BD: Tensor | None,
         recompute_layers: bool,
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], Tensor | None]:
-        """The windows of `chunk` in order: their states, gates and failures, and what is carried on."""
-        states, gates, failed = [], [], []
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor | None]:
+        """The windows of `chunk` in order: their states, gates and failures, what is carried of documents that end
+        before, and what is carried on."""
+        states, gates, failed, ended = [], [], [], []
         for i in chunk:
             b, width = batch.alive[i], batch.widths[i]
             embeds_bWD = batch.embed(batch.input_ids[:b, i, :width])
             mask_bW = batch.attention_mask[:b, i, :width].long() if batch.padded[i] else None
             cls_bD = embeds_bWD[:, 0].float()
             if previous is not None and b < len(previous):  # others have ended
-                previous, carried = previous[:b], None if carried is None else carried[:b]
+                previous = previous[:b]
+                if carried is not None:
+                    ended.append(carried[b:])
+                    carried = carried[:b]
             if i > 0 and carried is not None:
                 fused_bD, gate_b = self._let_in(cls_bD, carried, self.window_norm, self.window_gate)
             elif document_BD is not None:
@@ -311,7 +319,7 @@ class RecurrentRoBERTa(PreTrainedModel):
             states.append(state_bD)
             gates.append(gate_b.detach())
             failed.append(~finite_b)
-        return states, gates, failed, carried
+        return states, gates, failed, ended, carried
 
     def _let_in(self, cls_bD: Tensor, carried_bD: Tensor, norm: nn.Module, gate: nn.Module) -> tuple[Tensor, Tensor]:
         """p = norm(s); z = sigmoid(gate([c ; p])); fused = (1 - z) c + z p. Returns fused [b, D] and mean z [b]."""
@@ -327,9 +335,13 @@ class RecurrentRoBERTa(PreTrainedModel):
         return torch.lerp(fused_bD, output_bD, self.config.alpha)
 
     def _carry_on(self, carried_bD: Tensor | None, state_bD: Tensor) -> Tensor | None:
-        """residual: s(i). gated: m(i) = k m(i-1) + (1 - k) s(i), k = sigmoid(carry_gate([s(i) ; m(i-1)]))."""
+        """residual: s(i). gated: m(i) = k m(i-1) + (1 - k) s(i), k = sigmoid(carry_gate([s(i) ; m(i-1)])). gru: a GRU
+        cell (Cho et al. 2014) of s(i) and m(i-1)."""
         if self.config.carry == "none":
             return None
+        if self.config.carry == "gru":
+            with torch.autocast(state_bD.device.type, enabled=False):
+                return self.carry_cell(state_bD, carried_bD)
         if carried_bD is None or self.config.carry == "residual":
             return state_bD
         with torch.autocast(state_bD.device.type, enabled=False):
@@ -359,6 +371,13 @@ class RecurrentRoBERTa(PreTrainedModel):
                 lambda embeds, mask: cls_output(self.encoder, embeds, mask, recompute_layers=recompute),
             )
 
+    def _with_memory(self, document_BD: Tensor, memory_BD: Tensor | None) -> Tensor:
+        """gru: what the memory knows at the document's end is part of the document's state."""
+        if self.config.carry != "gru":
+            return document_BD
+        with torch.autocast(document_BD.device.type, enabled=False):
+            return document_BD + self.carry_output(memory_BD)
+
     def _head(self, document_BD: Tensor) -> Tensor:
         pooled_BD = torch.tanh(self.pooler(self.dropout(document_BD)))
         return self.classifier(self.dropout(pooled_BD))
@@ -372,25 +391,6 @@ class RecurrentRoBERTa(PreTrainedModel):
         if self.config.memory_level != "auto":
             return int(self.config.memory_level)
         return 0 if windows < 8 else 1 if windows < 32 else 2
-
-
-def _plan(embed: Callable[[Tensor], Tensor], input_ids: Tensor, attention_mask: Tensor, skip: Tensor) -> Batch:
-    """Count once, on the host, what each step of the pass needs; a skipped window is reduced to its first token."""
-    input_ids = torch.where(skip.unsqueeze(-1), input_ids[:, :, :1], input_ids)
-    first_only = torch.arange(input_ids.shape[2], device=input_ids.device) == 0
-    attention_mask = torch.where(skip.unsqueeze(-1), attention_mask & first_only, attention_mask)
-    positions_W = torch.arange(1, input_ids.shape[2] + 1, device=input_ids.device)
-    ends_BN = (attention_mask * positions_W).amax(-1)
-    ends, counts = torch.stack([ends_BN, attention_mask.sum(-1)]).tolist()
-    if any(row[0] == 0 for row in ends):
-        raise ValueError("a document of the batch has no window: every row needs at least one token in its mask")
-    windows = max(sum(end > 0 for end in row) for row in ends)
-    alive = [sum(row[i] > 0 for row in ends) for i in range(windows)]
-    widths = [max(row[i] for row in ends) for i in range(windows)]
-    padded = [
-        any(row[i] != width for row in counts[:b]) for i, (b, width) in enumerate(zip(alive, widths, strict=True))
-    ]
-    return Batch(embed, input_ids, attention_mask, skip, alive, widths, padded)
 
 
 AutoConfig.register(ReBertaConfig.model_type, ReBertaConfig, exist_ok=True)

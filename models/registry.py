@@ -16,7 +16,7 @@ from utils import ConfigError, ModelError, error_handler, logger
 
 ARCHITECTURE = ("num_repeats", "carry", "aggregation", "position_encoding")
 READING = ("window_size", "window_overlap", "max_windows", "max_len", "read")
-BEHAVIOUR = ("dropout", "alpha", "global_alpha", "gate_bias", "memory_level")
+BEHAVIOUR = ("dropout", "alpha", "global_alpha", "gate_bias", "memory_level", "window_loss")
 
 
 def reberta_options(settings: Settings) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class TransformerConfig(PreTrainedConfig):
     read: str = "first"
     dropout: float = 0.1
     memory_level: int | str = "auto"
+    calibration_temperature: float = 1.0
     thresholds: list[float] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:

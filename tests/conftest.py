@@ -84,6 +84,12 @@ def encoder_folder(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def blank_curves(monkeypatch) -> None:
+    """Runs in this process leave an empty file of learning curves, whose drawing is more than half of a tiny run."""
+    monkeypatch.setattr("engine.save_run_curves", lambda rows, path: Path(path).touch())
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -15,22 +15,13 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import evaluation_utils
-from evaluation_utils import (
-    MOST_NAMES,
-    calibration_error,
-    classification_metrics,
-    evaluate_model,
-    metrics_by_length,
-    predict,
-    predicted_labels,
-    probabilities,
-    tune_thresholds,
-)
+from calibration import predicted_labels, probabilities
+from evaluation_utils import MOST_NAMES, classification_metrics, evaluate_model, metrics_by_length, predict
+from figure_text import display_width
 from utils import DataError, ModelError, ReBertaError, TrainingError
-from visualization_utils import display_width
 
 NAMES = ["economy", "外交与国防", "=sport, and\ta rather long name for a class of documents, or not"]
-FILES = ["class_metrics.png", "confusion_matrix.png", "evaluation_results.txt", "metrics.json"]
+FILES = ["class_metrics.png", "confusion_matrix.png", "evaluation_results.txt", "metrics.json", "reliability.png"]
 
 
 class Hidden(NamedTuple):
@@ -179,49 +170,7 @@ def test_predict_nothing_is_an_error():
         predict(Table(sample(3)[1]), loader(Documents([])), "cpu")
 
 
-# from logits to labels
-
-
-def test_probabilities_and_labels():
-    logits = np.array([[0.0, 0.0, np.log(2)], [200.0, -200.0, 0.0]], dtype=np.float32)
-    np.testing.assert_allclose(probabilities(logits)[0], [0.25, 0.25, 0.5], rtol=1e-6)
-    assert predicted_labels(probabilities(logits)).tolist() == [2, 0]
-    scores = probabilities(logits, "multi_label")
-    np.testing.assert_allclose(scores[0], [0.5, 0.5, 2 / 3], rtol=1e-6)
-    assert predicted_labels(scores, "multi_label").tolist() == [[1, 1, 1], [1, 0, 1]]
-    assert predicted_labels(scores, "multi_label", [0.6, 0.5, 0.9]).tolist() == [[0, 1, 0], [1, 0, 0]]
-
-
-def test_tuned_thresholds_are_the_best_of_all():
-    rng = np.random.default_rng(1)
-    truth = rng.random((200, 4)) < [0.5, 0.1, 0.02, 0]
-    scores = np.clip(0.3 * truth + rng.random((200, 4)) * 0.6, 0, 1)
-    thresholds = tune_thresholds(scores, truth)
-    for column in range(3):
-        best = max(
-            sklearn.metrics.f1_score(truth[:, column], scores[:, column] >= candidate)
-            for candidate in scores[:, column]
-        )
-        assert sklearn.metrics.f1_score(truth[:, column], scores[:, column] >= thresholds[column]) == pytest.approx(
-            best
-        )
-    assert thresholds[3] == 0.5  # no document has it
-    assert all(type(threshold) is float for threshold in thresholds)
-
-
 # scores
-
-
-def test_calibration_error_by_hand_and_by_definition():
-    assert calibration_error(np.array([0.9, 0.9, 0.9, 1.0]), np.array([1, 1, 0, 1]), bins=2) == pytest.approx(0.7 / 4)
-    rng = np.random.default_rng(0)
-    scores = rng.random(500)
-    truth = rng.random(500) < scores**2
-    slow = 0.0
-    for low in np.arange(15) / 15:
-        inside = (scores >= low) & (scores < low + 1 / 15)
-        slow += inside.mean() * abs(truth[inside].mean() - scores[inside].mean())
-    assert calibration_error(scores, truth) == pytest.approx(slow)
 
 
 def test_metrics_by_hand():
@@ -369,6 +318,40 @@ def test_several_labels(tmp_path):
     assert metrics["thresholds"] == thresholds
     assert "(micro average)" in (tmp_path / "evaluation_results.txt").read_text(encoding="utf-8")
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*FILES, "predictions.csv"])
+
+
+@pytest.mark.parametrize("problem_type", ["single_label", "multi_label"])
+def test_calibrated_and_not(tmp_path, problem_type):
+    """What is written at a temperature is what logits that were divided by it give without one."""
+    labels, logits = sample(60)
+    truth = np.eye(3, dtype=np.float32)[labels] if problem_type == "multi_label" else labels
+    reports = {}
+    for name, scale, temperature in (("calibrated", 1, 4.0), ("divided", 4, 1.0), ("raw", 1, 1.0)):
+        reports[name] = evaluate_model(
+            Table(logits / scale),  # by 4: exact in bfloat16
+            loader(Documents(truth)),
+            "cpu",
+            NAMES,
+            tmp_path / name,
+            problem_type=problem_type,
+            temperature=temperature,
+            predictions_path=tmp_path / name / "predictions.csv",
+        )
+    rows = {name: rows_of(tmp_path / name / "predictions.csv") for name in reports}
+    assert rows["calibrated"] == rows["divided"] != rows["raw"]
+    calibrated, divided, raw = (reports[name] for name in ("calibrated", "divided", "raw"))
+    assert (calibrated["temperature"], raw["temperature"]) == (4.0, 1.0)
+    for name in ("log_loss", "ece", "ece_classwise"):
+        assert calibrated[name] == divided[name] == divided[f"{name}_uncalibrated"]
+        assert calibrated[f"{name}_uncalibrated"] == raw[name] == raw[f"{name}_uncalibrated"] != calibrated[name]
+    assert calibrated["accuracy"] == raw["accuracy"]
+    text = (tmp_path / "calibrated" / "evaluation_results.txt").read_text(encoding="utf-8")
+    assert "temperature        4.0000\n" in text
+    for fact, name in (("log loss", "log_loss"), ("calibration error", "ece"), ("error by class", "ece_classwise")):
+        assert f"{fact:<19}{calibrated[name]:.4f} (uncalibrated {raw[name]:.4f})\n" in text
+    sizes = {name: (tmp_path / name / "reliability.png").stat().st_size for name in reports}
+    assert min(sizes.values()) > 20_000
+    assert sizes["calibrated"] > sizes["raw"]  # two curves, not one
 
 
 @pytest.mark.parametrize("cell", ["=1+1", "+1", "-1", "@SUM(A1)", "\tx", "\rx"])

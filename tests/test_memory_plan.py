@@ -62,7 +62,7 @@ def fine(monkeypatch):
 
 
 @pytest.fixture
-def run(arguments):
+def run(arguments, blank_curves):
     def run(flags: str, name: str):
         return train(parse_settings(arguments(flags, name)))
 

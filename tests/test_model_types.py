@@ -40,7 +40,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def train(here, encoder_folder):
+def train(here, encoder_folder, blank_curves):
     """Train four steps of four documents with some flags; gives the run folder."""
 
     def start(flags: str, name: str, code: int = 0) -> Path:

@@ -22,6 +22,7 @@ from tests.conftest import LABELS, tiny_encoder, word_tokenizer, write_corpus
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "predict.ipynb"
 READING: dict[str, Any] = {"window_size": 12, "window_overlap": 2, "max_windows": 4}
+TEMPERATURE = 1.5
 
 
 class Run(NamedTuple):
@@ -38,7 +39,7 @@ class Run(NamedTuple):
 
     @torch.inference_mode()
     def probabilities(self, input_ids: Tensor, attention_mask: Tensor) -> list[float]:
-        logits = self.model(input_ids.unsqueeze(0), attention_mask.unsqueeze(0)).logits[0]
+        logits = self.model(input_ids.unsqueeze(0), attention_mask.unsqueeze(0)).logits[0] / TEMPERATURE
         several = self.model.config.problem_type == "multi_label_classification"
         return (logits.sigmoid() if several else logits.softmax(-1)).tolist()
 
@@ -61,6 +62,7 @@ def tiny_model(problem_type: str, **options: Any) -> RecurrentRoBERTa:
         id2label=dict(enumerate(LABELS)),
         label2id={name: index for index, name in enumerate(LABELS)},
         problem_type=f"{problem_type}_classification",
+        calibration_temperature=TEMPERATURE,
         **READING,
         **options,
     ).eval()

@@ -40,7 +40,7 @@ def arguments(tmp_path, monkeypatch, encoder_folder) -> Callable[[str, str], lis
 
 
 @pytest.fixture
-def run(arguments):
+def run(arguments, blank_curves):
     def run(flags: str, name: str = "run"):
         return train(parse_settings(arguments(flags, name)))
 

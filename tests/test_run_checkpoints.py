@@ -27,12 +27,12 @@ FLAGS = (
 )
 FILES = {
     *("config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
-    *("ema.safetensors", "reberta.py", "configuration.py", "encoder.py", "aggregation.py", "pipeline.py"),
+    *("ema.safetensors", "reberta.py", "configuration.py", "encoder.py", "aggregation.py", "batch.py", "pipeline.py"),
 }
 
 
 @pytest.fixture
-def start(tmp_path, monkeypatch, encoder_folder):
+def start(tmp_path, monkeypatch, encoder_folder, blank_curves):
     """Train in a folder of its own, by default 8 steps with a checkpoint every 2; gives the run folder."""
     monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path / "train.jsonl", 22)

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import logging
 import math
-import sys
 import warnings
 
 import matplotlib as mpl
 import numpy as np
 import pytest
-from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.ft2font import FT2Font
 from matplotlib.image import imread
 
+import figure_text
 import visualization_utils
 from visualization_utils import (
-    FONT_FILE,
-    choose_fonts,
-    display_width,
     save_class_metrics,
     save_confusion_matrix,
     save_learning_curves,
     save_length_coverage,
+    save_reliability,
     save_run_curves,
-    shorten,
 )
 
 SUBJECTS = "经济金融政治军事外交教育科技文化体育娱乐健康旅游汽车房产社会法律环境农业能源交通"
@@ -119,41 +113,15 @@ def test_hundreds_of_classes_have_every_other_name(tmp_path, figures):
     assert figures[0].get_size_inches().tolist() == [16, 16]
 
 
-def test_chinese_names_get_a_font_that_has_them():
-    families, missing = choose_fonts(["经济", "歷史", "ひらがな", "economy"])
-    assert missing == set()
-    assert families[0] == "DejaVu Sans"
-    assert len(families) == 2
-    found = FT2Font(font_manager.findfont(families[1], fallback_to_default=False)).get_charmap()
-    assert all(ord(char) in found for char in "经济歷史ひらがな")
-
-
-def test_fonts_are_looked_for_only_if_a_name_needs_them(monkeypatch):
-    monkeypatch.setattr(visualization_utils, "_font_candidates", lambda: (pytest.fail("looked for") for _ in "1"))
-    assert choose_fonts(["économie", "экономика", "οικονομία", "→"]) == (["DejaVu Sans"], set())
-
-
-def test_an_installed_font_comes_before_the_package(monkeypatch):
-    known = choose_fonts(["经"])  # the font manager knows the package's font from here on
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: pytest.fail("looked for the package"))
-    assert choose_fonts(["经济"]) == known
-
-
 def test_names_without_a_font_keep_their_number(tmp_path, figures, logged, monkeypatch):
-    monkeypatch.setattr(visualization_utils, "_font_candidates", lambda: iter(()))
+    monkeypatch.setattr(figure_text, "_font_candidates", lambda: iter(()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         save_confusion_matrix([0, 1, 2], [0, 1, 1], tmp_path / "figure.png", ["经济", "政治 news", "other"])
     ticks = [tick.get_text() for tick in figures[0].axes[0].get_yticklabels()]
     assert ticks == ["#0 □□", "#1 □□ news", "other"]
     assert "'政' (U+653F)" in logged.text
-    assert f"pip install {visualization_utils.FONT_PACKAGE}" in logged.text
-
-
-def test_the_package_is_not_imported_for_its_font():
-    choose_fonts(["经"])
-    assert importlib.util.find_spec(FONT_FILE[0]) is not None
-    assert FONT_FILE[0] not in sys.modules
+    assert f"pip install {figure_text.FONT_PACKAGE}" in logged.text
 
 
 def test_names_that_folding_made_equal_are_numbered(tmp_path, figures):
@@ -169,21 +137,6 @@ def test_numbers_of_names_are_those_of_the_classes(tmp_path, figures):
     save_class_metrics(rows, tmp_path / "figure.png")
     ticks = [tick.get_text() for tick in figures[0].axes[0].get_yticklabels()]
     assert [tick[:2] for tick in ticks] == ["#1", "#2", "#0"]  # best F1 first
-
-
-@pytest.mark.parametrize(
-    ("text", "width", "expected"),
-    [("short", 5, "short"), ("abcdefghij", 6, "abc…ij"), ("经济政治军事", 7, "经…军事"), ("经济", 4, "经济")],
-)
-def test_shorten(text, width, expected):
-    assert shorten(text, width) == expected
-    assert display_width(expected) <= width
-
-
-def test_display_width():
-    assert display_width("abc") == 3
-    assert display_width("经济a") == 5
-    assert display_width("e\u0301") == 1
 
 
 def test_dollars_are_no_formula(tmp_path, figures):
@@ -280,6 +233,27 @@ def test_length_coverage_equals_its_definition(tmp_path, figures):
 def test_length_coverage_of_short_documents_reaches_64_windows(tmp_path, figures):
     save_length_coverage(np.array([3, 4]), 256, tmp_path / "figure.png")
     assert figures[0].axes[0].get_xticklabels()[-1].get_text() == "64"
+
+
+@pytest.mark.parametrize("names", [["before", "after"], ["after"]])
+def test_reliability_by_hand(tmp_path, figures, names):
+    curves = {
+        "before": (np.array([0.95, 0.96, 0.97, 1.0]), np.array([True, False, True, False])),
+        "after": (np.array([0.5, 0.55, 0.7, 0.9]), np.array([True, False, True, True])),
+    }
+    save_reliability({name: curves[name] for name in names}, tmp_path / "figure.png", bins=5)
+    assert (tmp_path / "figure.png").stat().st_size > 20_000
+    axes = figures[0].axes[0]
+    points = {line.get_label(): line.get_xydata() for line in axes.lines[1:]}
+    assert list(points) == names == [text.get_text() for text in axes.get_legend().get_texts()]
+    np.testing.assert_allclose(points["after"], [[0.525, 0.5], [0.7, 1], [0.9, 1]])
+    [below] = axes.child_axes
+    below.figure.canvas.draw()
+    assert {tick.get_text() for tick in below.get_yticklabels(which="both")} <= {"", "0", "1", "10"}
+    counts = [patch.get_data().values.tolist() for patch in below.patches]
+    assert counts == [[0, 0, 0, 0, 4], [0, 0, 2, 1, 1]][-len(names) :]
+    if "before" in names:
+        np.testing.assert_allclose(points["before"], [[0.97, 0.5]])
 
 
 def test_drawing_leaves_matplotlib_as_it_was(tmp_path):

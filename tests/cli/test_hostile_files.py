@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -40,7 +41,7 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def refused(project, here, capsys):
+def refused(project, here, capsys, blank_curves):
     """Run the command: this exit code, one message with this part, no traceback, and no canary."""
 
     def run(arguments: str, code: int, part: str = "") -> None:
@@ -140,13 +141,22 @@ def test_a_pickle_beside_the_weights_of_a_folder_is_left_alone(encoder, refused,
     refused(f"--mode train --epochs 1 --output_dir logs/out --model_path {encoder} {data}", 0)
 
 
-@pytest.fixture
-def stopped(project, here) -> Path:
-    """A run of two epochs that lost its second checkpoint."""
+@pytest.fixture(scope="module")
+def lost(project, tmp_path_factory) -> Path:
+    """The folder of a run of two epochs that lost its second checkpoint."""
+    folder = tmp_path_factory.mktemp("lost")
     data = f"--train_path {project}/data/train --val_path {project}/data/evaluation"
-    flags = f"--mode train --epochs 2 --output_dir logs/run --cache_dir {here}/cache"
-    assert main(f"--config {project}/tiny.yaml {flags} {data}".split()) == 0
-    shutil.rmtree("logs/run/checkpoint-6")
+    flags = f"--mode train --epochs 2 --output_dir logs/run --cache_dir {folder}/cache"
+    with contextlib.chdir(folder):
+        assert main(f"--config {project}/tiny.yaml {flags} {data}".split()) == 0
+    shutil.rmtree(folder / "logs" / "run" / "checkpoint-6")
+    return folder
+
+
+@pytest.fixture
+def stopped(lost, here) -> Path:
+    """The first checkpoint of that run, which is copied to where the command runs."""
+    shutil.copytree(lost, here, dirs_exist_ok=True)
     return Path("logs/run/checkpoint-3")
 
 
@@ -344,6 +354,18 @@ def test_sizes_beyond_measure(request, project, refused, data, form, size):
     path = folder / "model.pt" if form == "file" else folder
     paths = f"--model_path {path} --test_path {project}/data/validation"
     refused(f"--mode evaluate --output_dir out {paths}", 4, "its weights do not fit its configuration")
+
+
+DECISIONS = {
+    "calibration_temperature": [0, -1, float("nan"), float("inf"), 10**400, 1e-320, True, "1", [1.0], None],
+    "thresholds": [[0.5], [0.5, float("nan")], [0.5, 2], ["a", "b"], "ab", {"early": 0.5}, 0.5],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in DECISIONS.items() for value in values])
+def test_what_turns_logits_into_labels_is_looked_at(model, project, refused, name, value):
+    change(model / "config.json", **{name: value})
+    refused(USES["predict"].format(data=project / "data" / "evaluation") + str(model), 4, f"is damaged: its {name}")
 
 
 FOREIGN = {

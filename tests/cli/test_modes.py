@@ -12,11 +12,20 @@ import torch
 from safetensors.torch import load_file
 
 REPORT = {
-    *("evaluation_results.txt", "metrics.json", "class_metrics.png", "confusion_matrix.png", "evaluation.log"),
+    *("evaluation_results.txt", "metrics.json", "class_metrics.png", "confusion_matrix.png", "reliability.png"),
+    "evaluation.log",
 }
 MODEL = {
     *("config.json", "model.safetensors", "model.pt", "settings.json", "tokenizer.json", "tokenizer_config.json"),
-    *("reberta.py", "configuration.py", "encoder.py", "aggregation.py", "pipeline.py", "training_texts.safetensors"),
+    *(
+        "reberta.py",
+        "configuration.py",
+        "encoder.py",
+        "aggregation.py",
+        "batch.py",
+        "pipeline.py",
+        "training_texts.safetensors",
+    ),
 }
 RUN = {"settings.json", "environment.json", "status.json", "train.log", "metrics.jsonl", "learning_curves.png", ".lock"}
 
@@ -39,6 +48,7 @@ def test_train_and_evaluate(project, trained):
     run = project / "logs" / "first"
     assert names(trained) == MODEL
     assert names(run) == RUN | {"checkpoint-3", "checkpoint-6", "evaluation"}
+    assert (run / "learning_curves.png").stat().st_size > 20_000
     assert names(run / "evaluation") == REPORT | {"predictions.csv"}
     from_json, from_text, recomputed = accuracies(run / "evaluation")
     assert from_json == recomputed

@@ -34,7 +34,8 @@ def save_model(folder: Path, encoder: Path, labels: tuple[str, ...] = LABELS, se
     reading: dict[str, Any] = {"window_size": 12, "max_windows": 4}
     problem = changes.pop("problem_type", "single_label")
     maps = {"id2label": dict(enumerate(labels)), "label2id": {name: place for place, name in enumerate(labels)}}
-    options = {**reading, **maps, **changes, "cls_token_id": CLS, "problem_type": f"{problem}_classification"}
+    options = {**reading, **maps, "calibration_temperature": 0.6, **changes, "cls_token_id": CLS}
+    options["problem_type"] = f"{problem}_classification"
     settings = Settings(**reading, problem_type=problem).model_dump(mode="json")
     model = RecurrentRoBERTa(encoder=str(encoder), **options)
     torch.nn.init.normal_(model.classifier.weight)  # so that confidences differ
@@ -192,6 +193,17 @@ def test_killed_and_started_again(folder, models, start, run, made, monkeypatch)
     assert len(rows_of("out.csv")) == 2300
 
 
+def test_a_part_is_checked_once_and_put_together_once(run, monkeypatch):
+    reads: list[str] = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path.name) or read_bytes(path))
+    parts = [f"part-{number:07d}" for number in range(5)]
+    assert run("--shard 1/2")[0] == 0
+    assert [name for name in reads if name in parts] == []
+    assert run()[0] == 0
+    assert [name for name in reads if name in parts] == [*parts[::2], *parts]
+
+
 def test_a_missing_and_a_damaged_part_are_made_again(run, made):
     assert run(output="whole.csv")[0] == 0
     assert run("--shard 1/2")[0] == run("--shard 1/2")[0] == 0
@@ -242,13 +254,13 @@ def test_a_finished_output_stays_and_any_other_file_is_refused(run, made):
     assert Path("out.csv").read_text() == "mine"
     Path("out.csv").unlink()
     assert run()[0] == 0
-    before = Path("out.csv").stat()
+    before = Path("out.csv").stat().st_ino, Path("out.csv").stat().st_mtime_ns
     made.clear()
     code, console = run("--batch_size 3 --shard 2/2")
     assert code == 0
     assert "out.csv is finished" in console
     assert made == []
-    assert Path("out.csv").stat() == before
+    assert (Path("out.csv").stat().st_ino, Path("out.csv").stat().st_mtime_ns) == before
     with Path("out.csv").open("a") as file:
         file.write("more")
     code, console = run()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import unicodedata
 
 import numpy as np
 import pytest
@@ -24,6 +26,19 @@ def test_the_hash():
     assert len({text_hash(text) for text in (SAME[0], "war and peace.", "peace and war", "naïve", "naive")}) == 5
     assert text_hash("war") == 25207206183409791  # checkpoints keep them: a change needs another format
     assert all(-(2**63) <= text_hash(str(number)) < 2**63 for number in range(100))
+
+
+def test_the_hash_is_that_of_its_definition():
+    for text in [
+        *map(chr, range(0xD800)),
+        "".join(map(chr, range(128))) * 3,
+        *SAME,
+        "STRASSE straße ﬁ",
+        "War 中国 ＷＡＲ",
+    ]:
+        plain = unicodedata.normalize("NFKC", text).casefold().translate(dict.fromkeys(map(ord, " \t\n\r\v\f")))
+        digest = hashlib.blake2b(plain.encode(), digest_size=8).digest()
+        assert text_hash(text) == int.from_bytes(digest, "big", signed=True)
 
 
 def test_hashes_follow_the_items(make, tmp_path):

@@ -104,7 +104,7 @@ def test_the_small_transformer_tells_the_order_of_windows(encoder_config):
 
 
 @pytest.mark.parametrize(("layers", "trained"), [(0, 0), (1, 16), (2, 32)])
-@pytest.mark.parametrize(("carry", "aggregation"), [("gated", "encoder"), ("none", "mean")])
+@pytest.mark.parametrize(("carry", "aggregation"), [("gru", "encoder"), ("gated", "encoder"), ("none", "mean")])
 def test_frozen_layers_get_no_gradient_and_the_others_the_right_one(
     encoder_config, carry, aggregation, layers, trained
 ):

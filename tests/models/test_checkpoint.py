@@ -9,11 +9,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from models.checkpoint import is_checkpoint, load_checkpoint_tokenizer, load_model_and_config, save_checkpoint
+from models.checkpoint import (
+    is_checkpoint,
+    load_all,
+    load_checkpoint_tokenizer,
+    load_model_and_config,
+    load_training_texts,
+    save_checkpoint,
+)
 from models.reberta import RecurrentRoBERTa
 from tests.conftest import CLS, PAD, SEP, word_tokenizer
 from tests.models.conftest import build, documents
@@ -23,7 +31,7 @@ LABELS = ["dull", "bright", "odd"]
 SETTINGS = {"window_size": 12, "problem_type": "single_label", "label_column": "label"}
 FILES = {
     *("config.json", "model.safetensors", "model.pt", "settings.json", "tokenizer.json", "tokenizer_config.json"),
-    *("reberta.py", "configuration.py", "encoder.py", "aggregation.py", "pipeline.py"),
+    *("reberta.py", "configuration.py", "encoder.py", "aggregation.py", "batch.py", "pipeline.py"),
 }
 
 
@@ -35,7 +43,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 @pytest.fixture
 def model(encoder_config) -> RecurrentRoBERTa:
     maps = {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
-    return build(encoder_config, num_classes=None, num_repeats=2, window_overlap=2, max_len=33, **maps)
+    reading = {"num_repeats": 2, "window_overlap": 2, "max_len": 33}
+    return build(encoder_config, num_classes=None, calibration_temperature=1.7, **reading, **maps)
 
 
 @pytest.fixture
@@ -63,6 +72,7 @@ def test_the_folder_holds_exactly_these_files(folder):
 def test_load_gives_the_same_model_settings_and_label_maps(folder, expected, form):
     model, settings, maps = load_model_and_config(folder / form)
     assert torch.equal(_logits(model), expected)
+    assert model.config.calibration_temperature == 1.7
     assert settings == SETTINGS
     assert maps == {"id2label": dict(enumerate(LABELS)), "label2id": {name: i for i, name in enumerate(LABELS)}}
     assert not model.training
@@ -73,6 +83,23 @@ def test_the_tokenizer_comes_back(folder, tokenizer, form):
     loaded = load_checkpoint_tokenizer(folder / form)
     assert loaded("w7 w9")["input_ids"] == tokenizer("w7 w9")["input_ids"] == [CLS, 7, 9, SEP]
     assert (loaded.cls_token_id, loaded.sep_token_id, loaded.pad_token_id) == (CLS, SEP, PAD)
+
+
+@pytest.mark.parametrize("form", ["", "model.pt"])
+@pytest.mark.parametrize("texts", [[7, -7], None])
+def test_all_at_once_from_a_file_that_is_read_once(model, tokenizer, expected, tmp_path, monkeypatch, form, texts):
+    hashes = None if texts is None else np.array(texts)
+    path = save_checkpoint(model, tokenizer, SETTINGS, tmp_path / "run", hashes) / form
+    reads = []
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda file, **options: reads.append(file) or load(file, **options))
+    (loaded, settings, maps), loaded_tokenizer, training_texts = load_all(path)
+    assert reads == ([path] if form else [])
+    assert torch.equal(_logits(loaded), expected)
+    assert (settings, maps) == load_model_and_config(path)[1:]
+    assert loaded_tokenizer.get_vocab() == load_checkpoint_tokenizer(path).get_vocab() == tokenizer.get_vocab()
+    for found in (training_texts, load_training_texts(path)):
+        assert (None if found is None else found.tolist()) == (None if texts is None else [-7, 7])
 
 
 def test_the_file_alone_is_enough(folder, tmp_path, expected):
@@ -114,7 +141,7 @@ def test_pipeline_from_elsewhere(folder, model, tokenizer, tmp_path):
     ids, mask = torch.full((1, len(windows), 12), PAD), torch.zeros(1, len(windows), 12, dtype=torch.long)
     for i, window in enumerate(windows):
         ids[0, i, : len(window)], mask[0, i, : len(window)] = torch.tensor(window), 1
-    probabilities = model(input_ids=ids, attention_mask=mask).logits.softmax(-1)[0]
+    probabilities = (model(input_ids=ids, attention_mask=mask).logits / 1.7).softmax(-1)[0]
     assert {entry["label"]: entry["score"] for entry in long} == pytest.approx(
         dict(zip(LABELS, probabilities.tolist(), strict=True)), abs=1e-5
     )

@@ -13,9 +13,9 @@ import pytest
 import torch
 from transformers import DistilBertConfig
 
+from calibration import predicted_labels, probabilities
 from data_utils.dataset import LongTextDataset
 from data_utils.windows import cut_windows
-from evaluation_utils import predicted_labels, probabilities
 from main import main
 from models import onnx_runner
 from models.checkpoint import save_checkpoint
@@ -53,6 +53,8 @@ def torch_logits(model: RecurrentRoBERTa, ids: torch.Tensor, mask: torch.Tensor)
     ("encoder", "carry", "aggregation", "num_repeats", "position_encoding"),
     [
         ("roberta", "gated", "encoder", 2, "absolute"),
+        ("roberta", "gru", "encoder", 2, "absolute"),
+        ("bert", "gru", "mean", 1, "absolute"),
         ("bert", "residual", "encoder", 2, "rope"),
         ("distilbert", "residual", "mean", 1, "absolute"),
         ("roberta", "gated", "max", 1, "rope"),
@@ -82,7 +84,9 @@ def test_logits_are_the_models(tmp_path, encoder, carry, aggregation, num_repeat
 @pytest.fixture(scope="module")
 def model() -> RecurrentRoBERTa:
     torch.manual_seed(0)
-    return build(tiny_encoder("roberta"), num_classes=None, window_overlap=2, max_windows=5, **MAPS)
+    return build(
+        tiny_encoder("roberta"), num_classes=None, window_overlap=2, max_windows=5, calibration_temperature=0.4, **MAPS
+    )
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +108,7 @@ def torch_probabilities(model: RecurrentRoBERTa, text: str, problem_type: str = 
         word_tokenizer(), text, config.window_size, config.max_windows, **reading
     )
     logits = torch_logits(model, windows["input_ids"][None], windows["attention_mask"][None])
-    return probabilities(logits, problem_type)[0]
+    return probabilities(logits, problem_type, config.calibration_temperature)[0]
 
 
 def test_texts_get_the_models_label_and_probabilities(model, runner):
@@ -137,7 +141,7 @@ def test_what_is_read_of_a_long_text(model, folder, tmp_path, read, max_windows)
             assert result["tokens_read"] == min(result["tokens"], 10 * max_windows)
             logits = torch_logits(model, windows["input_ids"][None], windows["attention_mask"][None])
             np.testing.assert_allclose(
-                list(result["probabilities"].values()), probabilities(logits)[0], atol=1e-5, rtol=0
+                list(result["probabilities"].values()), probabilities(logits, temperature=0.4)[0], atol=1e-5, rtol=0
             )
             for name, value in piped.preprocess(text).items():
                 assert torch.equal(value[0], windows[name]), text
@@ -171,6 +175,7 @@ def test_command_line_and_a_machine_without_torch(tmp_path, monkeypatch, capsys)
     """Exported with one option of the checkpoint's way of reading changed, and run where torch cannot be imported."""
     monkeypatch.chdir(tmp_path)
     options = {"problem_type": "multi_label_classification", "thresholds": [0.3, 0.6, 0.5], "num_repeats": 2, **MAPS}
+    options["calibration_temperature"] = 2.5
     model = build(tiny_encoder("bert"), num_classes=None, carry="residual", aggregation="attention", **options)
     save_checkpoint(model, word_tokenizer(), {}, "saved")
     command = "--mode export --model_path saved/model.pt --output_dir served/onnx --max_windows 3 --max_len 25"

@@ -10,7 +10,7 @@ from tests.models.conftest import build, documents
 POISON = 9
 
 
-@pytest.fixture(params=["gated", "residual"])
+@pytest.fixture(params=["gru", "gated", "residual"])
 def poisoned(request, encoder_config):
     """A model that overflows wherever token 9 stands."""
     model = build(encoder_config, carry=request.param, num_repeats=2)

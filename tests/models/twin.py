@@ -22,14 +22,18 @@ def twin_logits(model: RecurrentRoBERTa, input_ids: Tensor, attention_mask: Tens
 def _document(model: RecurrentRoBERTa, windows: list[Tensor]) -> Tensor:
     document = None
     for _ in range(model.config.num_repeats):
-        states = _states(model, windows, document)
+        states, memory = _states(model, windows, document)
         document = _aggregate(model, windows, states)
+        if memory is not None and model.config.carry == "gru":
+            document = document + model.carry_output(memory)
     return model.classifier(torch.tanh(model.pooler(document)))
 
 
-def _states(model: RecurrentRoBERTa, windows: list[Tensor], document: Tensor | None) -> list[Tensor]:
+def _states(
+    model: RecurrentRoBERTa, windows: list[Tensor], document: Tensor | None
+) -> tuple[list[Tensor], Tensor | None]:
     states: list[Tensor] = []
-    memory = document if model.config.carry == "gated" else None
+    memory = document if model.config.carry in ("gated", "gru") else None
     for i, window in enumerate(windows):
         if model.config.carry == "none":
             states.append(model.encoder(input_ids=window[None]).last_hidden_state[0, 0])
@@ -49,10 +53,22 @@ def _states(model: RecurrentRoBERTa, windows: list[Tensor], document: Tensor | N
         if model.config.carry == "gated" and memory is not None:
             keep = torch.sigmoid(model.carry_gate(torch.cat([state, memory])))
             memory = keep * memory + (1 - keep) * state
+        elif model.config.carry == "gru":
+            memory = _gru(model.carry_cell, state, torch.zeros_like(state) if memory is None else memory)
         else:
             memory = state
         states.append(state)
-    return states
+    return states, memory
+
+
+def _gru(cell: nn.GRUCell, state: Tensor, memory: Tensor) -> Tensor:
+    """As torch's documentation of GRUCell has it."""
+    from_state = (cell.weight_ih @ state + cell.bias_ih).chunk(3)
+    from_memory = (cell.weight_hh @ memory + cell.bias_hh).chunk(3)
+    reset = torch.sigmoid(from_state[0] + from_memory[0])
+    update = torch.sigmoid(from_state[1] + from_memory[1])
+    candidate = torch.tanh(from_state[2] + reset * from_memory[2])
+    return (1 - update) * candidate + update * memory
 
 
 def _aggregate(model: RecurrentRoBERTa, windows: list[Tensor], states: list[Tensor]) -> Tensor:

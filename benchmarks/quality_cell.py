@@ -1,0 +1,107 @@
+"""One cell of benchmarks.quality, in a process of its own and in the current folder, which it fills.
+
+    python -m benchmarks.quality_cell JOB.json FIGURES.json
+
+- trains by the command line's own `main`; the best model is the one of the epoch that validation chose
+- each way of reading is tried on the validation set, and the one of lowest log loss is taken to the test set; without
+  the model's temperature, which belongs to the way in which it was trained
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import main
+from benchmarks.corpora import load_split
+from benchmarks.synthetic_suite import read_predictions
+from config import parse_settings
+from data_utils.dataset import load_tokenizer
+from models.registry import build_model
+from utils import write_text
+
+RUN = Path("run")
+BEST_MODEL = Path("models/saved") / RUN.name / "model.pt"
+
+
+class Job(TypedDict):
+    """A cell, and what it works on: a folder with {train,validation,test}.jsonl."""
+
+    cell: dict[str, Any]
+    encoder: str
+    data: str
+    cache: str
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train and test; the figures of the cell's row."""
+    cell, data = job["cell"], Path(job["data"])
+    arguments = ["--mode=train", f"--output_dir={RUN}", f"--model_path={job['encoder']}"]
+    arguments += [f"--train_path={data / 'train.jsonl'}", f"--val_path={data / 'validation.jsonl'}"]
+    arguments += [f"--seed={cell['seed']}", f"--learning_rate={cell['learning_rate']}", f"--cache_dir={job['cache']}"]
+    arguments += cell["options"].split()
+    start = time.perf_counter()
+    command(arguments)
+    seconds = time.perf_counter() - start
+    settings = parse_settings(arguments)
+    shared = [
+        f"--{name}={getattr(settings, name)}" for name in ("mixed_precision", "batch_size", "device", "cache_dir")
+    ]
+    losses = [
+        evaluate(data / "validation.jsonl", f"validation-{number}", [*shared, *reading.split()])[
+            "log_loss_uncalibrated"
+        ]
+        for number, reading in enumerate(cell["readings"])
+    ]
+    reading = cell["readings"][losses.index(min(losses))]
+    tested = evaluate(data / "test.jsonl", "test", [*shared, *reading.split(), "--save_predictions"])
+    said = read_predictions(Path("test/predictions.csv"))
+    documents = load_split(data, "test")
+    labels = sorted({document["label"] for document in load_split(data, "train")})
+    model = build_model(settings, labels, load_tokenizer(job["encoder"]))
+    return {
+        **{
+            name: tested[name]
+            for name in ("accuracy", "f1_macro", "log_loss", "ece", "ece_uncalibrated", "temperature")
+        },
+        **best_epoch(RUN),
+        "reading": reading,
+        "reading_losses": losses,
+        "share_read": tested["coverage"]["share"],
+        "seconds": round(seconds, 1),
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "right": "".join(str(int(said[document["id"]] == document["label"])) for document in documents),
+    }
+
+
+def command(arguments: Sequence[str]) -> None:
+    """main.py with these arguments; a failure, which it has reported, ends this process with its exit code."""
+    if code := main.main(arguments):
+        sys.exit(code)
+
+
+def evaluate(documents: Path, folder: str, options: Sequence[str]) -> dict[str, Any]:
+    """What metrics.json says."""
+    paths = [f"--model_path={BEST_MODEL}", f"--test_path={documents}", f"--output_dir={folder}"]
+    command(["--mode=evaluate", *paths, *options])
+    return json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
+
+
+def best_epoch(run: Path) -> dict[str, float]:
+    """Where the best model comes from, and how it did in validation."""
+    best = json.loads((run / "status.json").read_text(encoding="utf-8"))["best_step"]
+    rows = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    row = next(row for row in rows if row["step"] == best and "eval_loss" in row)
+    return {
+        "best_epoch": round(row["epoch"], 2),
+        "validation_loss": row["eval_loss"],
+        "validation_accuracy": row["eval_accuracy"],
+    }
+
+
+if __name__ == "__main__":
+    write_text(sys.argv[2], json.dumps(run(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))))

@@ -1,0 +1,245 @@
+"""What benchmarks.quality trains and tests: corpora, models, options, grids. Here is where all of it is changed.
+
+- a study: one model with one set of options on one corpus. Its learning rate is tuned on its first run (a fold and a
+  seed), then it goes through the other runs
+- leaderboard: every model on every corpus, each with the same budget of tuning
+- ablations: variants of ReBerta by flag, with the learning rate that ReBerta has on that corpus
+- synthetic: the tasks of benchmarks.synthetic_suite
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from benchmarks import synthetic_suite
+from benchmarks.linear import OPTIONS as LINEAR_OPTIONS
+from utils import ConfigError
+
+LEADERBOARD, ABLATIONS, SYNTHETIC = TABLES = ("leaderboard", "ablations", "synthetic")
+OURS, LINEAR = "reberta", "tfidf-svm"
+AS_TRAINED = ""
+
+Options = Mapping[str, Any]  # by name without dashes; None takes an option away
+
+
+class Corpus(NamedTuple):
+    """`source` is a corpus of benchmarks.corpora, `long_only` leaves out what one window of 512 tokens can hold.
+
+    `runs` are pairs of fold and seed; the learning rate is tuned on the first.
+    """
+
+    source: str
+    runs: tuple[tuple[int, int], ...]
+    options: Options
+    long_only: bool = False
+
+
+class Model(NamedTuple):
+    """`reads_on`: whether it can be tested on more windows than it was trained on."""
+
+    options: Options
+    grid: tuple[float | None, ...]
+    reads_on: bool = True
+
+
+ENCODER = "models/pretrained/minilm-l6"
+COMMON: Options = {
+    "mixed_precision": "true",
+    "metric_for_best": "loss",
+    "batch_size": 4,
+    "save_total_limit": 1,
+    "log_steps": 50,
+    "device": "cpu",
+}
+LRS = (5e-5, 1e-4, 2e-4)
+LRS_FROM_SCRATCH = (5e-4, 1e-3, 2e-3)
+WINDOW_SIZE = 128
+ALL_WINDOWS = 80  # of WINDOW_SIZE tokens, which a test may read
+
+FOLDS = tuple((fold, 0) for fold in range(5))
+SEEDS = tuple((0, seed) for seed in range(3))
+FOUR_WINDOWS: Options = {"window_size": WINDOW_SIZE, "max_windows": 4, "read": "random"}
+CORPORA = {
+    "brown-15": Corpus("brown-15", FOLDS, {"epochs": 6, **FOUR_WINDOWS}),
+    "sotu-era": Corpus("sotu-era", FOLDS, {"epochs": 8, **FOUR_WINDOWS}),
+    "20news-long": Corpus("20news", SEEDS, {"epochs": 3, **FOUR_WINDOWS}, long_only=True),
+}
+
+ONE_WINDOW: Options = {"window_size": None, "max_windows": None, "read": None}
+MODELS = {
+    OURS: Model({"model_type": "reberta"}, LRS),
+    "mean": Model({"model_type": "mean"}, LRS),
+    "tobert": Model({"model_type": "tobert"}, LRS),
+    "head": Model({"model_type": "head", **ONE_WINDOW}, LRS, reads_on=False),
+    LINEAR: Model({}, (None,), reads_on=False),
+    "max": Model({"model_type": "max"}, LRS),
+    "head_tail": Model({"model_type": "head_tail", **ONE_WINDOW}, LRS, reads_on=False),
+    "random_windows": Model({"model_type": "random_windows"}, LRS, reads_on=False),
+    "mean-last-2-layers": Model({"model_type": "mean", "freeze_except_last": 2}, LRS),
+    "transformer": Model({"model_type": "transformer", "fresh_lr_factor": 1, "epochs": 25}, LRS_FROM_SCRATCH),
+}
+
+ABLATED = {"brown-15": FOLDS[:2], "sotu-era": FOLDS[:2]}
+VARIANTS: dict[str, Options] = {
+    "carry none": {"carry": "none"},
+    "carry residual": {"carry": "residual"},
+    "carry residual, alpha 0.5": {"carry": "residual", "alpha": 0.5},
+    "num_repeats 2": {"num_repeats": 2},
+    "num_repeats 3": {"num_repeats": 3},
+    "aggregation attention": {"aggregation": "attention"},
+    "aggregation mean": {"aggregation": "mean"},
+    "aggregation max": {"aggregation": "max"},
+    "aggregation transformer": {"aggregation": "transformer"},
+    "global_alpha 0.8": {"global_alpha": 0.8},
+    "gate_bias -2": {"gate_bias": -2},
+    "gate_bias 2": {"gate_bias": 2},
+    "read first": {"read": "first"},
+    "read first, window_overlap 32": {"read": "first", "window_overlap": 32},
+    "window_size 256": {"window_size": 256},  # as many tokens read: see `with_windows`
+    "window_size 512": {"window_size": 512},
+    "position_encoding rope": {"position_encoding": "rope"},
+}
+
+SYNTHETIC_ENCODER = ENCODER
+SYNTHETIC_SUITE = synthetic_suite.Options()  # whose tokenizer is that encoder's
+SYNTHETIC_RUNS = ((0, 0),)
+SYNTHETIC_OPTIONS: Options = {
+    "epochs": 10,
+    "window_size": synthetic_suite.WINDOW_SIZE,
+    "max_windows": max(synthetic_suite.DISTANCES) + 7,
+}
+SYNTHETIC_LRS = (1e-4, 2e-4)
+SYNTHETIC_MODELS: dict[tuple[str, str], Options] = {
+    (OURS, ""): {"model_type": "reberta"},
+    ("mean", ""): {"model_type": "mean"},
+    ("max", ""): {"model_type": "max"},
+    ("tobert", ""): {"model_type": "tobert"},
+    ("head", ""): {"model_type": "head", "window_size": 2 * synthetic_suite.WINDOW_SIZE, "max_windows": None},
+    (OURS, "carry none"): {"model_type": "reberta", "carry": "none"},
+}
+
+
+class Study(NamedTuple):
+    """A model with its options on a corpus, and the runs (fold, seed) that it is to go through.
+
+    `grid` are learning rates for the first run; a study without grid takes that of `tuned`.
+    """
+
+    table: str
+    corpus: str
+    model: str
+    variant: str
+    encoder: str
+    options: str
+    readings: tuple[str, ...]
+    grid: tuple[float | None, ...]
+    runs: tuple[tuple[int, int], ...]
+    tuned: Study | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("table", "corpus", "model", "variant")}
+
+    @property
+    def name(self) -> str:
+        return " / ".join(self.identity.values())
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """On what its figures depend beside fold, seed and learning rate."""
+        return {"encoder": self.encoder, "options": self.options, "readings": list(self.readings)}
+
+    @property
+    def size(self) -> int:
+        """How many cells it has."""
+        return len(self.runs) + max(len(self.grid) - 1, 0)
+
+    def cell(self, run: tuple[int, int], rate: float | None) -> dict[str, Any]:
+        return {**self.identity, "fold": run[0], "seed": run[1], "learning_rate": rate, **self.how}
+
+    def tuning(self) -> list[dict[str, Any]]:
+        """The cells in which the learning rate is looked for."""
+        return [self.cell(self.runs[0], rate) for rate in self.grid]
+
+    def others(self, rate: float | None) -> list[dict[str, Any]]:
+        """The cells that follow once it is known."""
+        return [self.cell(run, rate) for run in self.runs[bool(self.grid) :]]
+
+
+def flags(options: Options) -> str:
+    return " ".join(f"--{name} {value}" for name, value in options.items() if value is not None)
+
+
+def with_windows(options: Options) -> dict[str, Any]:
+    """As many tokens in windows of another size than WINDOW_SIZE."""
+    windows = options["max_windows"] * WINDOW_SIZE // options["window_size"]
+    return {**options, "max_windows": windows}
+
+
+def readings(options: Options) -> tuple[str, ...]:
+    """The ways of reading that are tried on validation data: as trained, and all windows."""
+    windows = -(-ALL_WINDOWS * WINDOW_SIZE // (options["window_size"] - options.get("window_overlap", 0)))
+    return AS_TRAINED, f"--read first --max_windows {windows}"
+
+
+def leaderboard_study(corpus: str, model: str) -> Study:
+    plan, made = CORPORA[corpus], MODELS[model]
+    options = {**COMMON, **plan.options, **made.options}
+    text, runs = flags(options), plan.runs
+    if model == LINEAR:
+        text = ", ".join(f"{name} {value}" for name, value in LINEAR_OPTIONS.items())
+        runs = tuple((fold, seed) for fold, seed in runs if seed == 0)  # it draws nothing at random
+    ways = readings(options) if made.reads_on else (AS_TRAINED,)
+    return Study(LEADERBOARD, corpus, model, "", ENCODER, text, ways, made.grid, runs)
+
+
+def ablation_reference(corpus: str) -> Study:
+    """What of the leaderboard the ablations are compared with: the first run, for the rate, and their own."""
+    study = leaderboard_study(corpus, OURS)
+    return study._replace(runs=tuple(dict.fromkeys((study.runs[0], *ABLATED[corpus]))))
+
+
+def ablation_study(corpus: str, variant: str) -> Study:
+    reference = leaderboard_study(corpus, OURS)
+    options = with_windows({**COMMON, **CORPORA[corpus].options, **MODELS[OURS].options, **VARIANTS[variant]})
+    runs = ABLATED[corpus]
+    return Study(
+        ABLATIONS, corpus, OURS, variant, ENCODER, flags(options), readings(options), (), runs, tuned=reference
+    )
+
+
+def synthetic_study(task: str, model: str, variant: str) -> Study:
+    options = flags({**COMMON, **SYNTHETIC_OPTIONS, **SYNTHETIC_MODELS[model, variant]})
+    runs = SYNTHETIC_RUNS
+    return Study(SYNTHETIC, task, model, variant, SYNTHETIC_ENCODER, options, (AS_TRAINED,), SYNTHETIC_LRS, runs)
+
+
+def studies(tables: Sequence[str] = (), corpora: Sequence[str] = (), models: Sequence[str] = ()) -> list[list[Study]]:
+    """The chosen studies in the order of work: groups of one table and corpus each, in which models take turns.
+
+    Empty choices mean everything. The ablations of a corpus bring the runs of ReBerta that they are compared with.
+    Raises ConfigError for names that stand nowhere.
+    """
+    known = {"table": TABLES, "corpus": [*CORPORA, *synthetic_suite.TASKS], "model": list(MODELS)}
+    for kind, chosen in (("table", tables), ("corpus", corpora), ("model", models)):
+        if unknown := [name for name in chosen if name not in known[kind]]:
+            raise ConfigError(f"no {kind} is called {' or '.join(unknown)}, only {', '.join(known[kind])}")
+    with_leaderboard = not tables or LEADERBOARD in tables
+    groups: dict[str, list[list[Study]]] = {
+        LEADERBOARD: [[leaderboard_study(corpus, model) for model in MODELS] for corpus in CORPORA],
+        ABLATIONS: [
+            [
+                *([] if with_leaderboard else [ablation_reference(corpus)]),
+                *(ablation_study(corpus, variant) for variant in VARIANTS),
+            ]
+            for corpus in ABLATED
+        ],
+        SYNTHETIC: [[synthetic_study(task, *which) for which in SYNTHETIC_MODELS] for task in synthetic_suite.TASKS],
+    }
+    found = [
+        [study for study in group if (not corpora or study.corpus in corpora) and (not models or study.model in models)]
+        for table in tables or TABLES
+        for group in groups[table]
+    ]
+    return [group for group in found if group]

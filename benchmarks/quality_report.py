@@ -1,0 +1,343 @@
+"""docs/results.md from benchmarks/results/quality.json: every number there comes from its rows.
+
+- how it was done, the leaderboard, ReBerta against each model by a paired bootstrap, accuracy by length, the search of
+  learning rates cell by cell, ablations, synthetic tasks, the options of each study
+- what has no rows yet is left out; what has only some of its runs says how many
+- what a person has to say of the method stands in benchmarks/notes/quality.md; findings belong into docs/LOG.md
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, pairwise
+from statistics import mean
+
+import numpy as np
+
+from benchmarks.linear import spread
+from benchmarks.quality_protocol import ABLATIONS, LEADERBOARD, LINEAR, OURS, SYNTHETIC
+from benchmarks.quality_statistics import (
+    STUDY,
+    chosen_rate,
+    counted,
+    paired_bootstrap,
+    paired_differences,
+    right_by_fold,
+    search,
+    validation_loss,
+)
+from benchmarks.report import Content, Row, markdown_table, number
+from evaluation_utils import LENGTH_EDGES
+
+Key = tuple[str, str, str, str]  # table, corpus, model, variant
+Studies = Mapping[Key, Sequence[Row]]
+
+
+def studies(content: Content) -> dict[Key, list[Row]]:
+    """All rows by study, in the order of the protocol."""
+    found: dict[Key, list[Row]] = {tuple(name.split(" / ")): [] for name in content["runs"]}
+    for row in content["rows"]:
+        found.setdefault(tuple(row[name] for name in STUDY), []).append(row)
+    return {key: rows for key, rows in found.items() if rows}
+
+
+class Page:
+    """What the sections share: the rows of each study, those that count, and how many there are to be."""
+
+    def __init__(self, content: Content) -> None:
+        self.content = content
+        self.studies = studies(content)
+        self.counted = {key: self._counted(key) for key in self.studies}
+        self.counted = {key: rows for key, rows in self.counted.items() if rows}
+
+    def _counted(self, key: Key) -> list[Row]:
+        """Variants have no search of their own: those rows count that have the rate of the model itself."""
+        reference = (LEADERBOARD, key[1], key[2], "") if key[0] == ABLATIONS else key
+        rate = chosen_rate(self.studies[reference]) if reference in self.studies else None
+        return counted(self.studies[key], rate)
+
+    def of(self, table: str) -> list[Key]:
+        return [key for key in self.counted if key[0] == table]
+
+    def planned(self, key: Key) -> int:
+        """How many runs the study is to have; as many as there are where the protocol knows it no more."""
+        return self.content["runs"].get(" / ".join(key), len(self.counted[key]))
+
+    def is_whole(self, key: Key) -> bool:
+        return key in self.counted and len(self.counted[key]) >= self.planned(key)
+
+    def runs(self, key: Key) -> str:
+        return f"{len(self.counted[key])} of {self.planned(key)}"
+
+    def score(self, key: Key, name: str = "accuracy") -> str:
+        """Mean and deviation over the runs, and how many there are where some are missing."""
+        if key not in self.counted:
+            return ""
+        missing = "" if self.is_whole(key) else f" ({self.runs(key)})"
+        return spread([row.get(name) for row in self.counted[key]]) + missing
+
+    def right(self, key: Key) -> dict[int, np.ndarray]:
+        return right_by_fold(self.counted[key])
+
+    def differences(self, ours: Key, others: Key) -> np.ndarray:
+        """By document, over the folds that both were tested on."""
+        return paired_differences(self.right(ours), self.right(others))
+
+
+def sections(content: Content) -> list[str]:
+    """What the page holds below its note."""
+    page = Page(content)
+    tables = (leaderboard, against_each, by_length, details, learning_rates, ablations, synthetic, commands)
+    return [text for text in (origin(content), *(table(page) for table in tables)) if text]
+
+
+def origin(content: Content) -> str:
+    machine = content["machine"]
+    lines = [
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['kernels']}",
+        ", ".join(f"{name} {value}" for name, value in content["versions"].items()),
+    ]
+    for session in content["sessions"]:
+        how = f"{session['jobs']} cells at a time, one thread each; commit {session['commit']}"
+        lines.append(f"{session['started']}: `{session['command']}` ({how})")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def leaderboard(page: Page) -> str:
+    """A line a model, a column a corpus, and the mean of those; the best mean first, then those that are not whole."""
+    keys = page.of(LEADERBOARD)
+    if not keys:
+        return ""
+    corpora, models = unique_in(keys, 1), unique_in(keys, 2)
+    means = {model: overall(page, model, corpora) for model in models}
+    models.sort(key=lambda model: means[model] or 0, reverse=True)
+    lines = [
+        [
+            model,
+            *(page.score((LEADERBOARD, corpus, model, "")) for corpus in corpora),
+            "" if means[model] is None else f"{means[model]:.3f}",
+        ]
+        for model in models
+    ]
+    about = [corpus_line(page.content, corpus) for corpus in corpora]
+    table = markdown_table(["accuracy", *corpora, "mean"], lines, left=1)
+    return "\n\n".join(["## Leaderboard", "\n".join(about), table])
+
+
+def corpus_line(content: Content, corpus: str) -> str:
+    facts = content["corpora"][corpus]
+    sizes = ", ".join(f"{part} {count:,}" for part, count in facts["documents"].items())
+    tokens = sorted(chain.from_iterable(lengths(content, corpus).values()))
+    return (
+        f"- {corpus}: {facts['labels']} labels; documents of the first fold: {sizes}; tokens of tested documents: "
+        f"median {tokens[len(tokens) // 2]:,}, longest {tokens[-1]:,}"
+    )
+
+
+def lengths(content: Content, corpus: str) -> dict[int, list[int]]:
+    """Tokens of the tested documents by fold, in file order."""
+    return {int(fold): [*map(int, text.split())] for fold, text in content["corpora"][corpus]["tokens"].items()}
+
+
+def overall(page: Page, model: str, corpora: Sequence[str]) -> float | None:
+    """Over corpora, of the means over runs; None while something is missing."""
+    keys = [(LEADERBOARD, corpus, model, "") for corpus in corpora]
+    if not all(map(page.is_whole, keys)):
+        return None
+    return mean(mean(row["accuracy"] for row in page.counted[key]) for key in keys)
+
+
+def unique_in(keys: Iterable[Key], place: int) -> list[str]:
+    return list(dict.fromkeys(key[place] for key in keys))
+
+
+def against_each(page: Page) -> str:
+    """Differences between ReBerta and each other model for the whole, and which baseline is the best."""
+    keys = page.of(LEADERBOARD)
+    corpora, models = unique_in(keys, 1), unique_in(keys, 2)
+    lines = []
+    for model in models:
+        pairs = {c: ((LEADERBOARD, c, OURS, ""), (LEADERBOARD, c, model, "")) for c in corpora}
+        found = {corpus: page.differences(*pair) for corpus, pair in pairs.items() if {*pair} <= {*keys}}
+        found = {corpus: differences for corpus, differences in found.items() if len(differences)}
+        if model != OURS and found:
+            each = [
+                difference_text(found[corpus], all(map(page.is_whole, pairs[corpus]))) if corpus in found else ""
+                for corpus in corpora
+            ]
+            lines.append([model, *each, *bootstrap_cells([*found.values()]), f"{sum(map(len, found.values())):,}"])
+    if not lines:
+        return ""
+    header = [f"{OURS} less", *corpora, "mean", "95 %", "p", "documents"]
+    table = markdown_table(header, lines, left=1)
+    return "\n\n".join([f"## {OURS} against each model", table, *best_baselines(page, corpora, models)])
+
+
+def difference_text(differences: np.ndarray, is_whole: bool) -> str:
+    return f"{differences.mean():+.3f}" + ("" if is_whole else f" ({len(differences)} documents)")
+
+
+def bootstrap_cells(differences: Sequence[np.ndarray]) -> list[str]:
+    """Mean, interval and p."""
+    found = paired_bootstrap(differences)
+    p = f"{found.p:.4f}" if found.p < 0.01 else f"{found.p:.2f}"
+    return [f"{found.mean:+.3f}", f"{found.low:+.3f} to {found.high:+.3f}", p]
+
+
+def best_baselines(page: Page, corpora: Sequence[str], models: Sequence[str]) -> list[str]:
+    """Which it is, with and without the linear model, among those that have all their runs on all corpora."""
+    means = {model: overall(page, model, corpora) for model in models if model != OURS}
+    whole = {model: value for model, value in means.items() if value is not None}
+    said = []
+    for of, left_out in (("all", None), ("those that the engine trains", LINEAR)):
+        allowed = {model: value for model, value in whole.items() if model != left_out}
+        if allowed:
+            best = max(allowed, key=allowed.__getitem__)
+            said.append(f"The best baseline of {of}, on average: {best}, {allowed[best]:.3f}.")
+    if said and len(whole) < len(means):
+        said.append(f"Not among them, since runs are missing: {', '.join(m for m in means if m not in whole)}.")
+    return [" ".join(said)] if said else []
+
+
+def by_length(page: Page) -> str:
+    """Accuracy over documents by their tokens, a table a corpus."""
+    parts = []
+    for corpus in unique_in(page.of(LEADERBOARD), 1):
+        tokens = lengths(page.content, corpus)
+        ranges = [*pairwise((0, *LENGTH_EDGES, math.inf))]
+        ranges = [(low, high) for low, high in ranges if any(low <= n < high for n in chain(*tokens.values()))]
+        lines = []
+        for key in of_corpus(page, corpus):
+            right = page.right(key)
+            hits = np.concatenate([*right.values()])
+            sizes = np.concatenate([tokens[fold] for fold in right])
+            inside = [(sizes >= low) & (sizes < high) for low, high in ranges]
+            cells = [f"{hits[chosen].mean():.3f} ({chosen.sum()})" if chosen.any() else "" for chosen in inside]
+            lines.append([key[2], *cells])
+        parts.append(markdown_table([corpus, *map(range_text, ranges)], lines, left=1))
+    said = ["## By length", "Accuracy by tokens of a document, and how many documents."]
+    return "\n\n".join([*said, *parts]) if parts else ""
+
+
+def range_text(limits: tuple[float, float]) -> str:
+    low, high = limits
+    return f"{low:,} and more" if high == math.inf else f"{low:,} to {high - 1:,}"
+
+
+def of_corpus(page: Page, corpus: str) -> list[Key]:
+    return [key for key in page.of(LEADERBOARD) if key[1] == corpus]
+
+
+def details(page: Page) -> str:
+    """What else is known of the leaderboard's runs, a table a corpus."""
+    parts = []
+    for corpus in unique_in(page.of(LEADERBOARD), 1):
+        lines = []
+        for key in of_corpus(page, corpus):
+            rows = page.counted[key]
+            scores = ("f1_macro", "accuracy_long", "log_loss", "ece", "ece_uncalibrated")
+            cells = [page.runs(key), *(spread([row.get(name) for row in rows]) for name in scores)]
+            cells += [", ".join(dict.fromkeys(map(rate_text, rows))), f"{mean(row['share_read'] for row in rows):.0%}"]
+            cells += [f"{mean(row['seconds'] for row in rows) / 60:.1f}", number(rows[0].get("parameters", ""))]
+            lines.append([key[2], *cells, ", ".join(f"{way} ({n})" for way, n in Counter(map(way_text, rows)).items())])
+        header = [corpus, "runs", "macro F1", "accuracy, long", "log loss", "ECE", "ECE, temperature 1"]
+        header += ["learning rate", "tokens read", "minutes to train", "trained parameters", "read in the test"]
+        parts.append(markdown_table(header, lines, left=1))
+    return "\n\n".join(["## Details", *parts]) if parts else ""
+
+
+def rate_text(row: Row) -> str:
+    return f"C {row['C']:g}" if row["model"] == LINEAR else f"{row['learning_rate']:g}"
+
+
+def way_text(row: Row) -> str:
+    return f"`{row['reading']}`" if row["reading"] else "as trained"
+
+
+def learning_rates(page: Page) -> str:
+    """Every cell in which a rate was looked for."""
+    lines = []
+    for key, rows in page.studies.items():
+        if key[0] == ABLATIONS or key[2] == LINEAR:
+            continue
+        tried = search(rows)
+        for row in tried:
+            chosen = row["learning_rate"] == chosen_rate(rows)
+            at_edge = len(tried) > 1 and row in (tried[0], tried[-1])
+            lines.append(
+                [
+                    key[1],
+                    named(key),
+                    rate_text(row),
+                    f"{validation_loss(row):.3f}",
+                    f"{row['validation_accuracy']:.3f}",
+                    f"{row['best_epoch']:g}",
+                    way_text(row),
+                    f"{row['accuracy']:.3f}",
+                    ("yes, the last of its grid" if at_edge else "yes") if chosen else "",
+                ]
+            )
+    header = ["corpus", "model", "learning rate", "log loss", "accuracy", "best epoch", "read", "accuracy in the test"]
+    return "\n\n".join(["## Learning rates", markdown_table([*header, "chosen"], lines, left=2)]) if lines else ""
+
+
+def named(key: Key) -> str:
+    return ", ".join(part for part in key[2:] if part)
+
+
+def ablations(page: Page) -> str:
+    """Variants beside the model on the same folds; differences over documents, with a paired bootstrap."""
+    keys = page.of(ABLATIONS)
+    corpora = unique_in(keys, 1)
+    lines = []
+    for model, variant in dict.fromkeys(key[2:] for key in keys):
+        cells, found = [], []
+        for corpus in corpora:
+            key, reference = (ABLATIONS, corpus, model, variant), (LEADERBOARD, corpus, model, "")
+            cells.append(page.score(key))
+            has_both = key in page.counted and reference in page.counted
+            differences = page.differences(key, reference) if has_both else np.zeros(0)
+            cells.append(f"{differences.mean():+.3f}" if len(differences) else "")
+            found += [differences] if len(differences) else []
+        lines.append([variant, *cells, *(bootstrap_cells(found) if found else [""] * 3)])
+    if not lines:
+        return ""
+    header = ["variant", *chain.from_iterable((corpus, f"less {OURS}") for corpus in corpora), "mean", "95 %", "p"]
+    return "\n\n".join(["## Ablations", markdown_table(header, lines, left=1)])
+
+
+def synthetic(page: Page) -> str:
+    """Accuracy by distance, a table a task."""
+    parts = []
+    for task in unique_in(page.of(SYNTHETIC), 1):
+        keys = [key for key in page.of(SYNTHETIC) if key[1] == task]
+        distances = list(page.counted[keys[0]][0]["accuracy_by_distance"])
+        lines = []
+        for key in keys:
+            rows = page.counted[key]
+            cells = [f"{mean(row['accuracy_by_distance'][distance] for row in rows):.3f}" for distance in distances]
+            lines.append([named(key), page.runs(key), *cells, page.score(key)])
+        header = [task, "runs", *(f"distance {distance}" for distance in distances), "all"]
+        parts.append(markdown_table(header, lines, left=1))
+    return "\n\n".join(["## Synthetic tasks", "Accuracy by distance in windows.", *parts]) if parts else ""
+
+
+def commands(page: Page) -> str:
+    """The options of each study, without those that all of its table and corpus share."""
+    parts = []
+    groups: dict[tuple[str, str], dict[Key, list[str]]] = defaultdict(dict)
+    for key, rows in page.counted.items():
+        if key[2] != LINEAR:
+            options = f"--model_path {rows[0]['encoder']} {rows[0]['options']}"
+            groups[key[:2]][key] = [f"--{option.strip()}" for option in options.split("--")[1:]]
+    for (table, corpus), given in groups.items():
+        shared = set.intersection(*map(set, given.values()))
+        common = " ".join(option for option in next(iter(given.values())) if option in shared)
+        own = {key: " ".join(option for option in options if option not in shared) for key, options in given.items()}
+        parts.append(f"{table}, {corpus}, all: `{common}`")
+        parts.append(
+            markdown_table(["model", "and"], [[named(key), text and f"`{text}`"] for key, text in own.items()], left=2)
+        )
+    return "\n\n".join(["## Options", *parts]) if parts else ""

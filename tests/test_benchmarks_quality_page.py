@@ -1,0 +1,147 @@
+"""The leaderboard's statistics beside plain twins, and its page of whole and of partial results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import quality_report
+from benchmarks.quality_statistics import chosen_rate, paired_bootstrap, paired_differences, right_by_fold
+from tests.test_benchmarks_quality import row
+
+
+def plain_bootstrap(differences: list[np.ndarray], resamples: int) -> tuple[float, float, float]:
+    """The same in a plain loop: quantiles and p."""
+    draw = np.random.default_rng(1)
+    means = np.array([np.mean([draw.choice(d, len(d)).mean() for d in differences]) for _ in range(resamples)])
+    p = 2 * min((means <= 0).mean(), (means >= 0).mean())
+    return (*np.quantile(means, (0.025, 0.975)), min(p, 1.0))
+
+
+def test_bootstrap_equals_a_plain_loop():
+    draw = np.random.default_rng(0)
+    differences = [draw.choice([-1, 0, 1], n, p=[0.15, 0.6, 0.25]).astype(float) for n in (40, 90, 300)]
+    found = paired_bootstrap(differences)
+    low, high, p = plain_bootstrap(differences, 4000)
+    assert found.mean == pytest.approx(np.mean([d.sum() / len(d) for d in differences]))
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.01)
+    assert found.p == pytest.approx(p, abs=0.02)
+    assert 0.001 < found.p < 0.2
+    assert found == paired_bootstrap(differences)
+    mirrored = paired_bootstrap([-d for d in differences])
+    assert (mirrored.low, mirrored.high, mirrored.p) == pytest.approx((-found.high, -found.low, found.p))
+
+
+def test_bootstrap_of_equal_models_and_of_one_that_is_always_better():
+    assert paired_bootstrap([np.zeros(50), np.zeros(10)]) == (0, 0, 0, 1)
+    better = paired_bootstrap([np.ones(50), np.ones(10)], resamples=999)
+    assert better == (1, 1, 1, 2 / 1000)
+
+
+def test_corpora_weigh_the_same_whatever_their_size():
+    found = paired_bootstrap([np.ones(10), np.zeros(1000)], resamples=99)
+    assert found[:3] == (0.5, 0.5, 0.5)
+
+
+def test_documents_are_paired_over_the_folds_that_both_have_and_averaged_over_seeds():
+    rows = [row("110", seed=seed, fold=fold) for seed in (0, 1) for fold in (0, 1)]
+    ours = right_by_fold([*rows, row("000", seed=2)])
+    assert ours[0].tolist() == pytest.approx([2 / 3, 2 / 3, 0])
+    assert ours[1].tolist() == [1, 1, 0]
+    other = right_by_fold([row("011", fold=1), row("111", fold=2)])
+    assert paired_differences(ours, other).tolist() == [1, 0, -1]
+    assert paired_differences(ours, {3: np.ones(2)}).tolist() == []
+
+
+def test_the_rate_is_chosen_by_validation_on_the_first_run_alone():
+    rows = [
+        row("11", 0.6, learning_rate=5e-5),
+        row("01", 0.5, learning_rate=2e-4, readings=["", "--read first"]) | {"reading_losses": [0.8, 0.4]},
+        row("11", 0.45, learning_rate=1e-4),
+        row("11", 0.1, learning_rate=5e-5, fold=1),
+    ]
+    assert chosen_rate(rows) == 2e-4
+    rows[1]["reading_losses"] = [0.8, 0.45]
+    assert chosen_rate(rows) == 1e-4  # the smaller one among equals
+
+
+def content_of(rows: list[dict[str, Any]], **runs: int) -> dict[str, Any]:
+    facts = {
+        "labels": 5,
+        "documents": {"train": 9, "validation": 3, "test": 2},
+        "tokens": {"0": "600 9000", "1": "700 800"},
+    }
+    planned = {
+        f"leaderboard / {corpus} / {model} / ": 2
+        for corpus in ("sotu-era", "brown-15")
+        for model in ("reberta", "mean")
+    }
+    return {
+        "benchmark": "quality",
+        "machine": {"cpu": "A CPU", "cores": 2, "memory_gb": 25, "kernels": "AVX512"},
+        "versions": {"torch": "2.13"},
+        "sessions": [{"command": "python -m benchmarks.quality", "started": "today", "jobs": 2, "commit": "abc"}],
+        "runs": planned | {"ablations / sotu-era / reberta / carry none": 1},
+        "corpora": dict.fromkeys(("sotu-era", "brown-15", "order"), facts),
+        "rows": rows,
+    }
+
+
+def page_of(rows: list[dict[str, Any]]) -> str:
+    return "\n\n".join(quality_report.sections(content_of(rows)))
+
+
+def test_page_of_one_cell():
+    text = page_of([row("10")])
+    assert "| reberta | 0.500 (1 of 2) |  |" in text
+    assert "- today: `python -m benchmarks.quality` (2 cells at a time, one thread each; commit abc)" in text
+    assert "| reberta | 1.000 (1) | 0.000 (1) |" in text  # by length
+    assert "| sotu-era | 512 to 1,023 | 8,192 to 16,383 |" in text
+    assert "| sotu-era | reberta | 0.0001 | 0.500 | 0.600 | 3 | as trained | 0.500 | yes |" in text
+    assert "leaderboard, sotu-era, all: `--model_path e --epochs 8 --alpha 1`" in text
+    for absent in ("against each", "Ablations", "Synthetic", "brown-15 |", "best baseline"):
+        assert absent not in text
+
+
+def test_page_without_rows():
+    assert "## " not in page_of([])
+
+
+def test_page_of_whole_and_partial_models():
+    rows = [row(right, corpus=c, fold=fold) for c in ("sotu-era", "brown-15") for fold, right in ((0, "11"), (1, "10"))]
+    rows += [
+        row("10", model="mean", options="--epochs 8 --model_type mean"),
+        row("10", 0.9, model="mean", learning_rate=5e-5),
+    ]
+    rows += [row("11", model="mean", learning_rate=5e-5, fold=1)]  # of a rate that was chosen before
+    text = page_of(rows)
+    assert "| reberta | 0.750 ± 0.354 | 0.750 ± 0.354 | 0.750 |" in text
+    assert "| mean | 0.500 (1 of 2) |  |  |" in text
+    assert "| mean | +0.500 (2 documents) |  | +0.500 | +0.000 to +1.000 | 0.49 | 2 |" in text
+    assert "| sotu-era | mean | 0.0001 | 0.500 | 0.600 | 3 | as trained | 0.500 | yes, the last of its grid |" in text
+    assert "| sotu-era | mean | 5e-05 | 0.900 |" in text
+    assert "best baseline" not in text
+    assert text.index("| reberta | 0.750") < text.index("| mean | 0.500")
+    assert "| mean | `--model_type mean` |" in text
+
+    rows += [
+        row("10", model="mean", fold=1),
+        *(row("01", corpus="brown-15", model="mean", fold=fold) for fold in (0, 1)),
+    ]
+    text = page_of(rows)
+    assert "The best baseline of all, on average: mean, 0.500." in text
+    assert "| mean | +0.250 | +0.250 | +0.250 |" in text
+
+
+def test_page_of_ablations_and_synthetic_tasks():
+    rows = [row("10"), row("01", 0.4, learning_rate=2e-4)]
+    rows += [row("11", table="ablations", variant="carry none", learning_rate=rate) for rate in (1e-4, 2e-4)]
+    by_distance = {"accuracy_by_distance": {"1": 0.75, "16": 0.5}}
+    rows += [row("01", table="synthetic", corpus="order", variant="carry none") | by_distance]
+    text = page_of(rows)
+    assert "| variant | sotu-era | less reberta | mean | 95 % | p |" in text
+    assert "| carry none | 1.000 | +0.500 | +0.500 | +0.000 to +1.000 |" in text
+    assert "| order | runs | distance 1 | distance 16 | all |" in text
+    assert "| reberta, carry none | 1 of 1 | 0.750 | 0.500 | 0.500 |" in text
