@@ -68,7 +68,7 @@ CORPORA = {
 
 ONE_WINDOW: Options = {"window_size": None, "max_windows": None, "read": None}
 MODELS = {
-    OURS: Model({"model_type": "reberta"}, LRS),
+    OURS: Model({"model_type": "reberta", "carry": "gru", "window_loss": 1}, LRS),
     "mean": Model({"model_type": "mean"}, LRS),
     "tobert": Model({"model_type": "tobert"}, LRS),
     "head": Model({"model_type": "head", **ONE_WINDOW}, LRS, reads_on=False),
@@ -82,7 +82,10 @@ MODELS = {
 
 ABLATED = {"brown-15": FOLDS[:2], "sotu-era": FOLDS[:2]}
 VARIANTS: dict[str, Options] = {
+    "window_loss 0": {"window_loss": 0},
     "carry none": {"carry": "none"},
+    "carry none, window_loss 0": {"carry": "none", "window_loss": 0},
+    "carry gated": {"carry": "gated"},
     "carry residual": {"carry": "residual"},
     "carry residual, alpha 0.5": {"carry": "residual", "alpha": 0.5},
     "num_repeats 2": {"num_repeats": 2},
@@ -105,13 +108,15 @@ SYNTHETIC_ENCODER = ENCODER
 SYNTHETIC_SUITE = synthetic_suite.Options()  # whose tokenizer is that encoder's
 SYNTHETIC_RUNS = ((0, 0),)
 SYNTHETIC_OPTIONS: Options = {
-    "epochs": 10,
+    "epochs": 3,
+    "batch_size": 8,
+    "dropout": 0,
     "window_size": synthetic_suite.WINDOW_SIZE,
     "max_windows": max(synthetic_suite.DISTANCES) + 7,
 }
-SYNTHETIC_LRS = (1e-4, 2e-4)
+SYNTHETIC_LRS = (5e-5,)
 SYNTHETIC_MODELS: dict[tuple[str, str], Options] = {
-    (OURS, ""): {"model_type": "reberta"},
+    (OURS, ""): {"model_type": "reberta", "carry": "gru"},
     ("mean", ""): {"model_type": "mean"},
     ("max", ""): {"model_type": "max"},
     ("tobert", ""): {"model_type": "tobert"},

@@ -164,11 +164,6 @@ class RecurrentRoBERTa(PreTrainedModel):
         elif isinstance(module, nn.GRUCell):
             for parameter in module.parameters():
                 init.uniform_(parameter, -(module.hidden_size**-0.5), module.hidden_size**-0.5)
-            # Tallec and Ollivier 2018: from units that keep for a window to units that keep for a whole document
-            reset_D, keep_D, candidate_D = torch.zeros_like(module.bias_ih).chunk(3)
-            keep_D = keep_D.uniform_(1.0, max(2.0, self.config.max_windows - 1.0)).log()
-            init.copy_(module.bias_ih, torch.cat([reset_D, keep_D, candidate_D]))
-            init.zeros_(module.bias_hh)
         elif isinstance(module, (EncoderAggregation, AttentionAggregation)):
             for parameter in module.parameters(recurse=False):
                 init.zeros_(parameter)

@@ -92,10 +92,12 @@ def test_a_run_leaves_these_files(run):
     assert environment["packages"]["torch"] == torch.__version__
 
 
-def test_accumulation_does_not_change_the_weights(run):
+@pytest.mark.parametrize("more", ["", "--carry gru --window_loss 0.5"])
+def test_accumulation_does_not_change_the_weights(run, more):
     """Documents of unequal length, a ragged last group."""
-    whole = run("--batch_size 8 --gradient_accumulation_steps 1 --optimizer_type sgd --learning_rate 0.05", "whole")
-    parts = run("--batch_size 2 --gradient_accumulation_steps 4 --optimizer_type sgd --learning_rate 0.05", "parts")
+    flags = f"--optimizer_type sgd --learning_rate 0.05 {more}"
+    whole = run(f"--batch_size 8 --gradient_accumulation_steps 1 {flags}", "whole")
+    parts = run(f"--batch_size 2 --gradient_accumulation_steps 4 {flags}", "parts")
     assert_same(weights(last_checkpoint(whole)), weights(last_checkpoint(parts)), 1e-6)
     assert len([row for row in rows(whole) if "loss" in row]) == 2 * math.ceil(TRAINING / 8)
 
@@ -446,6 +448,7 @@ def test_tensorboard_and_what_is_not_installed(run):
     [
         ("--num_repeats 2", {"num_repeats": 2}),
         ("--carry residual --alpha 0.6 --gate_bias -2", {"carry": "residual", "alpha": 0.6, "gate_bias": -2.0}),
+        ("--carry gru --window_loss 0.5", {"carry": "gru", "window_loss": 0.5}),
         ("--aggregation attention", {"aggregation": "attention"}),
         ("--global_alpha 0.5", {"global_alpha": 0.5}),
         ("--position_encoding rope", {"position_encoding": "rope"}),

@@ -206,15 +206,6 @@ def test_start_values(encoder_config):
     assert model.classifier.out_features == 10
 
 
-def test_a_fresh_recurrent_cell_keeps_for_one_window_up_to_a_whole_document(encoder_config):
-    model = RecurrentRoBERTa(num_classes=3, encoder=encoder_config, window_size=12, max_windows=31, carry="gru")
-    keep = torch.sigmoid((model.carry_cell.bias_ih + model.carry_cell.bias_hh).chunk(3)[1])
-    kept_for = 1 / (1 - keep)
-    assert kept_for.min() >= 2
-    assert kept_for.max() <= 31
-    assert kept_for.mean().item() == pytest.approx(16.5, abs=5)
-
-
 def test_window_logits_are_the_heads_of_each_window(encoder_config):
     model = build(encoder_config, carry="gru", window_loss=0.5)
     input_ids, mask = documents(LENGTHS)
