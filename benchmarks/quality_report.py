@@ -90,11 +90,13 @@ def sections(content: Content) -> list[str]:
     """What the page holds below its note."""
     page = Page(content)
     tables = (leaderboard, against_each, by_length, details, learning_rates, ablations, synthetic, commands)
-    return [text for text in (origin(content), *(table(page) for table in tables)) if text]
+    return [text for text in (origin(page), *(table(page) for table in tables)) if text]
 
 
-def origin(content: Content) -> str:
+def origin(page: Page) -> str:
+    content = page.content
     machine = content["machine"]
+    done = sum(min(len(rows), page.planned(key)) for key, rows in page.counted.items())
     lines = [
         f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['kernels']}",
         ", ".join(f"{name} {value}" for name, value in content["versions"].items()),
@@ -102,6 +104,9 @@ def origin(content: Content) -> str:
     for session in content["sessions"]:
         how = f"{session['jobs']} cells at a time, one thread each; commit {session['commit']}"
         lines.append(f"{session['started']}: `{session['command']}` ({how})")
+    lines.append(
+        f"**{done} of {sum(content['runs'].values())} runs are there**; the next session goes on with the others"
+    )
     return "\n".join(f"- {line}" for line in lines)
 
 

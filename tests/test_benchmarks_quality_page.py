@@ -97,6 +97,9 @@ def test_page_of_one_cell():
     text = page_of([row("10")])
     assert "| reberta | 0.500 (1 of 2) |  |" in text
     assert "- today: `python -m benchmarks.quality` (2 cells at a time, one thread each; commit abc)" in text
+    planned = sum(content_of([])["runs"].values())
+    assert planned > 1
+    assert f"- **1 of {planned} runs are there**" in text
     assert "| reberta | 1.000 (1) | 0.000 (1) |" in text  # by length
     assert "| sotu-era | 512 to 1,023 | 8,192 to 16,383 |" in text
     assert "| sotu-era | reberta | 0.0001 | 0.500 | 0.600 | 3 | as trained | 0.500 | yes |" in text
