@@ -56,7 +56,7 @@ def test_defaults():
 def test_the_models_own_defaults_are_the_same():
     model, settings = ReBertaConfig(), parse_settings([])
     fields = ARCHITECTURE + READING + BEHAVIOUR
-    assert len(fields) == 14
+    assert len(fields) == 15
     assert {name: getattr(model, name) for name in fields} == {name: getattr(settings, name) for name in fields}
 
 
@@ -117,7 +117,7 @@ def test_all_faults_are_reported_at_once(tmp_path):
         f"{file}: unknown option learning_rte; did you mean --learning_rate?",
         "--batch_size 0: input should be greater than or equal to 1",
         "--epochs x: input should be a valid integer",
-        "--carry open: input should be 'gated', 'residual' or 'none'",
+        "--carry open: input should be 'gru', 'gated', 'residual' or 'none'",
         "--mode evaluate needs --model_path",
         "--mode evaluate needs --test_path",
     ):
