@@ -61,9 +61,9 @@ FOLDS = tuple((fold, 0) for fold in range(5))
 SEEDS = tuple((0, seed) for seed in range(3))
 FOUR_WINDOWS: Options = {"window_size": WINDOW_SIZE, "max_windows": 4, "read": "random"}
 CORPORA = {
-    "brown-15": Corpus("brown-15", FOLDS, {"epochs": 6, **FOUR_WINDOWS}),
-    "sotu-era": Corpus("sotu-era", FOLDS, {"epochs": 8, **FOUR_WINDOWS}),
-    "20news-long": Corpus("20news", SEEDS, {"epochs": 3, **FOUR_WINDOWS}, long_only=True),
+    "brown-15": Corpus("brown-15", FOLDS, {"epochs": 5, **FOUR_WINDOWS}),
+    "sotu-era": Corpus("sotu-era", FOLDS, {"epochs": 6, **FOUR_WINDOWS}),
+    "20news-long": Corpus("20news", SEEDS, {"epochs": 2, **FOUR_WINDOWS}, long_only=True),
 }
 
 ONE_WINDOW: Options = {"window_size": None, "max_windows": None, "read": None}
@@ -108,7 +108,7 @@ SYNTHETIC_ENCODER = ENCODER
 SYNTHETIC_SUITE = synthetic_suite.Options()  # whose tokenizer is that encoder's
 SYNTHETIC_RUNS = ((0, 0),)
 SYNTHETIC_OPTIONS: Options = {
-    "epochs": 3,
+    "epochs": 2,
     "batch_size": 8,
     "dropout": 0,
     "memory_level": 0,

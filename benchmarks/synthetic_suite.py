@@ -1,32 +1,33 @@
 """A synthetic suite: what decides stands in different windows, a known distance apart; made by seed.
 
     python -m benchmarks.synthetic_suite [TASK ...] --output_dir FOLDER [--documents 400 --distances 1 2 4 8 16
-        --window_size 64 --model_path minilm-l6 --seed 0]
+        --window_size 48 --model_path minilm-l6 --seed 0]
 
 - order: somebody lights the lamp, and D windows later or earlier somebody rings the bell; which came first, `lamp` or
   `bell`? A document's twin has these two windows exchanged: the same bag of words and of windows, the other label.
   Whatever forgets the order of windows (their mean, their maximum) is right half of the time
 - retraction: it is reported that the harbour is closed, and elsewhere that this is wrong; which holds at the end?
-  `withdrawn` where the denial comes D windows after the report, `stands` where it came as long before it. The same of
-  another place: in half of the documents its report is taken back where the harbour's is made, and the other way
-  round, so that a denial alone says nothing. Twins as in order, and half without order
+  `withdrawn` where the denial comes D windows after the report, `stands` where it came as long before it; these two
+  are twins as in order. As many documents have only the later of the two sentences. In half of all the same is said of
+  another place, the other way round: it takes the place to tell. Half of the twins are right without order
 - counting: three windows, the first and last D apart, say that the drum was heard and not the flute, or the flute and
   not the drum; how often the drum, `0` to `3`? Bags of words are equal, and right for a quarter. Windows read one by
   one and then averaged do solve it: it takes a sum over windows, not their order; a maximum tells 0, 3 and the rest
-- identity: one speaks and one listens in the first window, and the same two in the last, D windows on; is it the `same`
-  who speaks, or the `other`? Bags of words are equal. No order is needed, but both windows at once: no sum of scores
-  of windows gets more than 3 of the 4 documents of a group right, and half without a ranking of names it never saw
+- identity: of three people one speaks in the first window, one in the last, D windows on, and (from D = 2 on) one in
+  between; who speaks first and last, or `nobody`? A twin has its last window exchanged with the one in between, so
+  that bags of words and of windows are right half of the time there; at D = 1 they can tell
 
 Every window is full: the tokenizer's tokens of its sentences are exactly those that a window of `--window_size` holds,
 so that train and evaluate with the same `--window_size`, no overlap, and `--max_windows` of D + 7 or more. In all but
 identity two or three windows of filler stand before and after what decides, out of sight of `--model_type head` and
-`head_tail` where these read at most two windows. Alone, no window tells order, retraction and identity; in counting
-one of three leaves at best every second guess right, and at distance 1 two of them share a window.
+`head_tail` where these read at most two windows. Alone, no window tells order, the twins of retraction, nor who speaks
+first and last in identity; in counting one of three leaves at best every second guess right, and at distance 1 two of
+them share a window.
 
 - FOLDER/TASK/{train,validation,test}.jsonl: {"id", "text", "label", "task", "distance"} a line, distances mixed, as
-  many documents of each label and distance; twins are in the same split
+  many documents of each label and distance (in identity, half of them `nobody`); twins are in the same split
 - `--documents` for training a distance, a quarter as many each for validation and test
-- splits share no sentence of filler, no name and no place but the harbour
+- splits share no sentence of filler, no place but the harbour, and no name but those of identity
 - FOLDER/TASK/about.json: the options; a folder of the same options is left alone
 """
 
@@ -58,7 +59,7 @@ DISTANCES = (1, 2, 4, 8, 16)
 DOCUMENTS = 400  # for training, a distance
 SMALLER = 4  # validation and test are smaller by this factor
 GROUP = 4  # documents that share their filler, or are two pairs of twins
-WINDOW_SIZE = 64
+WINDOW_SIZE = 48
 MARGIN = (2, 3)  # windows of filler before and after what decides
 
 NAMES = """
@@ -69,6 +70,8 @@ NAMES = """
     Martin Mary Matthew Michael Nancy Nathan Nicholas Oliver Oscar Patrick Paul Peter Philip Rachel Ralph Richard Robert
     Rose Ruth Samuel Sarah Simon Sophia Stephen Susan Thomas Victor Walter William
 """
+CAST = "Gilbert", "Miriam", "Theodore"
+NOBODY = "nobody"
 HARBOUR = "harbour"
 PLACES = """
     academy airport bakery bank bridge brewery canal castle cathedral chapel cinema college factory ferry gallery
@@ -84,13 +87,13 @@ BELL = (
 )
 REPORTED = (
     "It was reported that the {} was closed.",
-    "Word came that the {} was closed.",
-    "The papers said that the {} was closed.",
+    "Word came that soldiers had closed the {}.",
+    "The {} was closed by order of the king.",
 )
 DENIED = (
-    "The report that the {} was closed was taken back.",
-    "It turned out to be wrong that the {} was closed.",
-    "It was denied by all that the {} was closed.",
+    "The story about the {} was a lie.",
+    "What they had told of the {} proved false.",
+    "All the rumours about the {} were false.",
 )
 HEARD = (
     "{0} heard the {1}, but not the {2}.",
@@ -98,10 +101,10 @@ HEARD = (
     "What {0} heard was the {1} and never the {2}.",
 )
 SPOKE = (
-    "{0} spoke while {1} listened.",
-    "{1} listened while {0} spoke.",
-    "It was {0} who spoke, and {1} only listened.",
-    "Long did {1} listen as {0} spoke.",
+    "{} spoke to the people.",
+    "It was {} who spoke to them.",
+    "The people listened to {}.",
+    "Then {} rose and spoke.",
 )
 
 FILLERS = (
@@ -216,12 +219,14 @@ def retraction(writer: Writer, distance: int) -> Iterator[Labelled]:
     other = writer.draw.choice(writer.places)
     reported, other_reported = (writer.draw.choice(REPORTED).format(place) for place in (HARBOUR, other))
     denied, other_denied = (writer.draw.choice(DENIED).format(place) for place in (HARBOUR, other))
-    for beside_report, beside_denial in ((other_reported, other_denied), (other_denied, other_reported)):
-        report = writer.window(reported, beside_report)
-        denial = writer.window(denied, beside_denial)
-        before, between, after = writer.around(distance - 1)
-        yield "withdrawn", [*before, report, *between, denial, *after]
-        yield "stands", [*before, denial, *between, report, *after]
+    beside_report, beside_denial = writer.draw.choice((([], []), ([other_denied], [other_reported])))
+    report, denial = writer.window(reported, *beside_report), writer.window(denied, *beside_denial)
+    no_report, no_denial = writer.window(*beside_report), writer.window(*beside_denial)
+    before, between, after = writer.around(distance - 1)
+    yield "withdrawn", [*before, report, *between, denial, *after]
+    yield "stands", [*before, denial, *between, report, *after]
+    yield "withdrawn", [*before, no_report, *between, denial, *after]
+    yield "stands", [*before, no_denial, *between, report, *after]
 
 
 def counting(writer: Writer, distance: int) -> Iterator[Labelled]:
@@ -242,16 +247,18 @@ def counting(writer: Writer, distance: int) -> Iterator[Labelled]:
 
 
 def identity(writer: Writer, distance: int) -> Iterator[Labelled]:
-    one, another = writer.draw.sample(writer.names, 2)
-    first, last = (writer.draw.choice(SPOKE) for _ in range(2))
-    opening, ending = writer.window(first.format(one, another)), writer.window(last.format(one, another))
-    between = writer.empty(distance - 1)
-    turn = {frame.format(one, another): frame.format(another, one) for frame in (first, last)}
-    turned_opening, turned_ending = ([turn.get(sentence, sentence) for sentence in w] for w in (opening, ending))
-    yield "same", [opening, *between, ending]
-    yield "same", [turned_opening, *between, turned_ending]
-    yield "other", [opening, *between, turned_ending]
-    yield "other", [turned_opening, *between, ending]
+    pair = writer.draw.sample(CAST, GROUP // 2)
+    for one, another in (pair, pair[::-1]):
+        opening, again, other = (writer.window(writer.draw.choice(SPOKE).format(name)) for name in (one, one, another))
+        if distance == 1:
+            yield one, [opening, again]
+            yield NOBODY, [opening, other]
+            continue
+        between = writer.empty(distance - 2)
+        place = writer.draw.randint(0, len(between))
+        before, after = between[:place], between[place:]
+        yield one, [opening, *before, other, *after, again]
+        yield NOBODY, [opening, *before, again, *after, other]
 
 
 TASKS: dict[str, Callable[[Writer, int], Iterator[Labelled]]] = {

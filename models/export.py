@@ -101,7 +101,8 @@ def _write_graphs(model: RecurrentRoBERTa, folder: Path) -> None:
         "attention_mask": torch.ones(2, 5, dtype=torch.long),
         "states": torch.randn(2, 5, size),
         # one tensor for several of them would tie these inputs to each other
-        **{name: torch.randn(2, size) for name in ("cls", "output", "fused", "carried", "aggregate", "memory")},
+        "memory": torch.randn(2, 5, size),
+        **{name: torch.randn(2, size) for name in ("cls", "output", "fused", "carried", "aggregate")},
     }
     beside = [
         name
@@ -171,8 +172,8 @@ def _carry(
 
 
 def _head(model: RecurrentRoBERTa, states_BND: Tensor, *beside: Tensor) -> tuple[Tensor, Tensor]:
-    """`beside`, [B, D] each: what the encoder makes of the sequence of states, where it is the encoder that aggregates,
-    and what is carried at the document's end, where the cell is a `gru`."""
+    """`beside`: what the encoder makes of the sequence of states [B, D], where it is the encoder that aggregates, and
+    the memory after each window [B, N, D], where the cell is a `gru`."""
     exists_BN = torch.ones(states_BND.shape[:2], dtype=torch.bool)
     if model.config.aggregation == "max":
         document_BD = masked_max(states_BND, exists_BN)
@@ -183,7 +184,7 @@ def _head(model: RecurrentRoBERTa, states_BND: Tensor, *beside: Tensor) -> tuple
     if model.config.aggregation == "encoder":
         aggregation: Any = model.aggregation
         document_BD = aggregation.join(beside[0], document_BD)
-    document_BD = model._with_memory(document_BD, beside[-1] if beside else None)
+    document_BD = model._with_memory(document_BD, beside[-1] if model.config.carry == "gru" else None, exists_BN)
     return document_BD, model._head(document_BD)
 
 

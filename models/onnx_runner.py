@@ -85,6 +85,7 @@ class OnnxReBerta:
         """One pass over the document, knowing what the pass before found: document state [1, D] and logits [1, C]."""
         states: list[np.ndarray] = []
         contents: list[np.ndarray] = []
+        memory: list[np.ndarray] = []
         carried_1D = document_1D
         for ids_L, mask_L in windows:
             embeds_1LD = self._embeddings_VD[ids_L][None]
@@ -98,13 +99,13 @@ class OnnxReBerta:
                 before = output_1D, np.zeros_like(output_1D)
             else:  # the output stands in for what was read before: blended with itself it stays what it is
                 before = output_1D, output_1D
-            state_1D, content_1D, carried_1D = self._carry(output_1D, *before)
+            state_1D, content_1D, memory_1D = self._carry(output_1D, *before)
             if not np.isfinite(state_1D).all():
                 raise ValueError(f"window {len(states)} of the document gives a state that is not finite")
-            if self.config["carry"] == "none":
-                carried_1D = None
+            carried_1D = None if self.config["carry"] == "none" else memory_1D
             states.append(state_1D)
             contents.append(content_1D)
+            memory.append(memory_1D)
         beside: list[Any] = []
         if self.config["aggregation"] == "encoder":
             ids_L, mask_L = windows[0]
@@ -112,7 +113,7 @@ class OnnxReBerta:
             sequence_1LD = np.stack([first_1D, *contents, last_1D], axis=1)
             beside = [self._encode(sequence_1LD, np.ones(sequence_1LD.shape[1], dtype=np.int64))]
         if self.config["carry"] == "gru":
-            beside.append(carried_1D)
+            beside.append(np.stack(memory, axis=1))
         return self._head(np.stack(states, axis=1), *beside)
 
     def _encode(self, embeds_1LD: np.ndarray, mask_L: np.ndarray) -> np.ndarray:

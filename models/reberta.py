@@ -16,6 +16,7 @@ R repeats. Documents are sorted by their number of windows, so that those with a
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -127,7 +128,7 @@ class RecurrentRoBERTa(PreTrainedModel):
             self.carry_gate = nn.Linear(2 * size, size)
         elif config.carry == "gru":
             self.carry_cell = nn.GRUCell(size, size)
-            self.carry_output = nn.Linear(size, size)
+            self.carry_output = nn.Linear(2 * size, size)
         if config.num_repeats > 1:
             self.global_norm = nn.LayerNorm(size)
             self.global_gate = nn.Linear(2 * size, size)
@@ -215,9 +216,10 @@ class RecurrentRoBERTa(PreTrainedModel):
         document_BD: Tensor | None = None
         window_gates, global_gates, failures = [], [], []
         for _ in range(self.config.num_repeats):
-            states_BND, gates_BN, failed_BN, entered_B, memory_BD = self._read_windows(batch, document_BD)
-            document_BD = self._aggregate(batch, states_BND, exists_BN[:, : states_BND.shape[1]])
-            document_BD = self._with_memory(document_BD, memory_BD)
+            states_BND, gates_BN, failed_BN, entered_B, memory_BND = self._read_windows(batch, document_BD)
+            read_BN = exists_BN[:, : states_BND.shape[1]]
+            document_BD = self._aggregate(batch, states_BND, read_BN)
+            document_BD = self._with_memory(document_BD, memory_BND, read_BN)
             window_gates.append(gates_BN)
             global_gates.append(entered_B)
             failures.append(failed_BN)
@@ -244,8 +246,8 @@ class RecurrentRoBERTa(PreTrainedModel):
     def _read_windows(
         self, batch: Batch, document_BD: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """One pass over the windows: states [B, N, D], gates [B, N], failures [B, N], the global gate [B], and what
-        is carried at each document's end [B, D]."""
+        """One pass over the windows: states [B, N, D], gates [B, N], failures [B, N], the global gate [B], and
+        gru's memory after each window [B, N, D]."""
         windows = len(batch.alive)
         level = self.memory_level(windows) if torch.is_grad_enabled() else None
         stride = {None: 1, 0: windows, 1: 2, 2: 1}[level]
@@ -254,25 +256,25 @@ class RecurrentRoBERTa(PreTrainedModel):
         states: list[Tensor] = []
         gates: list[Tensor] = []
         failed: list[Tensor] = []
-        ended: list[Tensor] = []
+        memories: list[Tensor] = []
         for start in range(0, windows, stride):
             chunk = range(start, min(start + stride, windows))
             arguments = (batch, chunk, carried, previous, document_BD, level == 2)
-            chunk_states, chunk_gates, chunk_failed, chunk_ended, carried = (
+            chunk_states, chunk_gates, chunk_failed, chunk_memories, carried = (
                 recomputed(self._read_chunk, *arguments) if level else self._read_chunk(*arguments)
             )
             previous = chunk_states[-1]
             states += chunk_states
             gates += chunk_gates
             failed += chunk_failed
-            ended += chunk_ended
-        together = batch.alive[-1] == batch.alive[0]  # pad_sequence would leave 2 KB of autograd's graph a window
-        states_BND = torch.stack(states, dim=1) if together else pad_sequence(states)
+            memories += chunk_memories
+        # where no document ends early, pad_sequence would leave 2 KB of autograd's graph a window
+        stack = partial(torch.stack, dim=1) if batch.alive[-1] == batch.alive[0] else pad_sequence
+        states_BND, memory_BND = stack(states), stack(memories) if memories else None
         gates_BN, failed_BN = pad_sequence(gates), pad_sequence(failed)
         entered_B = gates_BN[:, 0]
         gates_BN = torch.cat([torch.zeros_like(gates_BN[:, :1]), gates_BN[:, 1:]], dim=1)
-        memory_BD = None if carried is None else torch.cat([carried, *reversed(ended)])
-        return states_BND, gates_BN, failed_BN, entered_B, memory_BD
+        return states_BND, gates_BN, failed_BN, entered_B, memory_BND
 
     def _read_chunk(
         self,
@@ -283,9 +285,9 @@ class RecurrentRoBERTa(PreTrainedModel):
         document_BD: Tensor | None,
         recompute_layers: bool,
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], Tensor | None]:
-        """The windows of `chunk` in order: their states, gates and failures, what is carried of documents that end
-        before, and what is carried on."""
-        states, gates, failed, ended = [], [], [], []
+        """The windows of `chunk` in order: their states, gates, failures and gru's memory after each, and what is
+        carried on."""
+        states, gates, failed, memories = [], [], [], []
         for i in chunk:
             b, width = batch.alive[i], batch.widths[i]
             embeds_bWD = batch.embed(batch.input_ids[:b, i, :width])
@@ -293,9 +295,7 @@ class RecurrentRoBERTa(PreTrainedModel):
             cls_bD = embeds_bWD[:, 0].float()
             if previous is not None and b < len(previous):  # others have ended
                 previous = previous[:b]
-                if carried is not None:
-                    ended.append(carried[b:])
-                    carried = carried[:b]
+                carried = None if carried is None else carried[:b]
             if i > 0 and carried is not None:
                 fused_bD, gate_b = self._let_in(cls_bD, carried, self.window_norm, self.window_gate)
             elif document_BD is not None:
@@ -310,11 +310,13 @@ class RecurrentRoBERTa(PreTrainedModel):
             fallback_bD = previous if previous is not None else torch.zeros_like(state_bD)
             state_bD = torch.where(finite_b.unsqueeze(-1), state_bD, fallback_bD)
             carried = self._carry_on(carried, state_bD)
+            if carried is not None and self.config.carry == "gru":
+                memories.append(carried)
             previous = state_bD
             states.append(state_bD)
             gates.append(gate_b.detach())
             failed.append(~finite_b)
-        return states, gates, failed, ended, carried
+        return states, gates, failed, memories, carried
 
     def _let_in(self, cls_bD: Tensor, carried_bD: Tensor, norm: nn.Module, gate: nn.Module) -> tuple[Tensor, Tensor]:
         """p = norm(s); z = sigmoid(gate([c ; p])); fused = (1 - z) c + z p. Returns fused [b, D] and mean z [b]."""
@@ -366,12 +368,14 @@ class RecurrentRoBERTa(PreTrainedModel):
                 lambda embeds, mask: cls_output(self.encoder, embeds, mask, recompute_layers=recompute),
             )
 
-    def _with_memory(self, document_BD: Tensor, memory_BD: Tensor | None) -> Tensor:
-        """gru: what the memory knows at the document's end is part of the document's state."""
-        if self.config.carry != "gru":
+    def _with_memory(self, document_BD: Tensor, memory_BND: Tensor | None, exists_BN: Tensor) -> Tensor:
+        """gru: the memory at the document's end, and its mean on the way, are part of the document's state."""
+        if memory_BND is None:
             return document_BD
         with torch.autocast(document_BD.device.type, enabled=False):
-            return document_BD + self.carry_output(memory_BD)
+            documents = torch.arange(len(exists_BN), device=exists_BN.device)
+            end_BD = memory_BND[documents, exists_BN.sum(1) - 1]
+            return document_BD + self.carry_output(torch.cat([end_BD, masked_mean(memory_BND, exists_BN)], dim=-1))
 
     def _head(self, document_BD: Tensor) -> Tensor:
         pooled_BD = torch.tanh(self.pooler(self.dropout(document_BD)))

@@ -19,7 +19,9 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks import linear
 from benchmarks.corpora import SPLITS
 from benchmarks.synthetic_suite import (
+    CAST,
     NAMES,
+    NOBODY,
     PLACES,
     TASKS,
     Example,
@@ -43,12 +45,12 @@ LABELS = {
     "order": {"lamp", "bell"},
     "retraction": {"stands", "withdrawn"},
     "counting": {"0", "1", "2", "3"},
-    "identity": {"same", "other"},
+    "identity": {*CAST, NOBODY},
 }
 SIZES = {"train": 320, "validation": 320, "test": 800}  # --documents that a split is taken of
-DECIDES = re.compile(r"lamp|bell|closed|drum|spoke")
+DECIDES = re.compile(r"lamp|bell|closed|\blie\b|false|drum|spoke|listened")
 DRUM = re.compile(r"heard the drum|The drum was heard|heard was the drum")
-SPEAKER = re.compile(r"(\w+) (?:who )?spoke")
+SPEAKER = re.compile("|".join(CAST))
 SENTENCE = re.compile(r"[^.]+\.")
 
 
@@ -111,11 +113,18 @@ def oracle(task: str, text: str) -> str:
         return "lamp" if "lamp" in sentences[0] else "bell"
     if task == "retraction":
         last = [sentence for sentence in sentences if "harbour" in sentence][-1]
-        return "withdrawn" if re.search("taken back|wrong|denied", last) else "stands"
+        return "withdrawn" if re.search("lie|false", last) else "stands"
     if task == "counting":
         return str(sum(bool(DRUM.search(sentence)) for sentence in sentences))
-    speakers = [SPEAKER.findall(sentence) for sentence in sentences]
-    return "same" if speakers[0] == speakers[1] else "other"
+    first, *_, last = [name for sentence in sentences for name in SPEAKER.findall(sentence)]
+    return first if first == last else NOBODY
+
+
+def beyond_words(item: Example) -> bool:
+    """Neither speech alone in the first and last window, nor the report or its denial alone."""
+    if item["task"] == "identity":
+        return item["distance"] > 1
+    return item["task"] != "retraction" or sum("harbour" in sentence for sentence in said(item["text"])) == 2
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
@@ -127,12 +136,18 @@ def test_windows_are_full_and_what_decides_is_as_far_apart_as_said(task, kind):
         windows = windows_of(example["text"], 120, kind)
         assert all(window.endswith(".") for window in windows)
         places = [place for place, window in enumerate(windows) for _ in said(window)]
-        assert len(places) == {"order": 2, "retraction": 4, "counting": 3, "identity": 2}[task]
-        assert places[-1] - places[0] == example["distance"]
+        distance = example["distance"]
+        numbers = {"order": {2}, "retraction": {1, 2, 3, 4}, "counting": {3}, "identity": {2 if distance == 1 else 3}}
+        assert len(places) in numbers[task]
+        if len(places) == 1:  # a report or a denial alone, where the later one would be
+            assert len(windows) - 1 - places[0] in {2, 3}
+            assert places[0] - distance in {2, 3}
+            continue
+        assert places[-1] - places[0] == distance
         around = {places[0], len(windows) - 1 - places[-1]}
         assert around == {0} if task == "identity" else around <= {2, 3}
         if task == "retraction":
-            assert places[0] == places[1] < places[2] == places[3]
+            assert len(set(places)) == 2
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -141,7 +156,10 @@ def test_an_oracle_is_always_right_and_labels_are_balanced(task):
         assert accuracy(examples, {item["id"]: oracle(task, item["text"]) for item in examples}) == {task: {1: 1, 3: 1}}
         counts = Counter((item["label"], item["distance"]) for item in examples)
         assert {label for label, _ in counts} == LABELS[task]
-        assert set(counts.values()) == {len(examples) // 2 // len(LABELS[task])}
+        if task == "identity":
+            assert [counts[NOBODY, distance] for distance in (1, 3)] == [len(examples) // 4] * 2
+        else:
+            assert set(counts.values()) == {len(examples) // 2 // len(LABELS[task])}
     assert [len(examples) for examples in fold(task).values()] == [640, 160, 400]
 
 
@@ -151,7 +169,7 @@ def test_words_do_not_tell(task):
     documents = fold(task)
     ids = [item["id"] for item in documents["test"]]
     predicted = linear.fit(documents, None).predictions
-    scores = accuracy(documents["test"], dict(zip(ids, predicted, strict=True)))[task]
+    scores = accuracy(filter(beyond_words, documents["test"]), dict(zip(ids, predicted, strict=True)))[task]
     assert max(scores.values()) < (0.4 if task == "counting" else 0.65)
 
 
@@ -169,26 +187,27 @@ def test_a_bag_of_windows_tells_counting_alone(task):
         mean_window(train), [item["label"] for item in train]
     )
     predicted = machine.predict(mean_window(test)).tolist()
-    right = np.mean([one == item["label"] for one, item in zip(predicted, test, strict=True)])
+    right = np.mean([one == item["label"] for one, item in zip(predicted, test, strict=True) if beyond_words(item)])
     assert right > 0.9 if task == "counting" else right < 0.65
 
 
-@pytest.mark.parametrize("task", ["order", "retraction"])
+@pytest.mark.parametrize("task", ["order", "retraction", "identity"])
 def test_each_bag_of_windows_stands_once_under_either_label(task):
     bags = defaultdict(list)
-    for item in fold(task)["test"]:
+    examples = list(filter(beyond_words, fold(task)["test"]))
+    for item in examples:
         bags[frozenset(Counter(windows_of(item["text"], 100)).items())].append(item["label"])
-    assert len(bags) == 200
-    assert {frozenset(labels) for labels in bags.values()} == {frozenset(LABELS[task])}
+    assert len(bags) == len(examples) // 2
+    pairs = {frozenset({name, NOBODY}) for name in CAST} if task == "identity" else {frozenset(LABELS[task])}
+    assert {frozenset(labels) for labels in bags.values()} == pairs
 
 
-@pytest.mark.parametrize("task", ["counting", "identity"])
-def test_each_bag_of_words_stands_under_all_labels(task):
+def test_each_bag_of_words_of_counting_stands_under_all_labels():
     bags = defaultdict(list)
-    for item in fold(task)["test"]:
+    for item in fold("counting")["test"]:
         bags[frozenset(Counter(re.findall(r"\w+", item["text"].lower())).items())].append(item["label"])
     assert len(bags) == 100
-    assert {(len(labels), frozenset(labels)) for labels in bags.values()} == {(4, frozenset(LABELS[task]))}
+    assert {(len(labels), frozenset(labels)) for labels in bags.values()} == {(4, frozenset(LABELS["counting"]))}
 
 
 def test_splits_share_no_filler_no_name_and_no_place():
@@ -200,7 +219,7 @@ def test_splits_share_no_filler_no_name_and_no_place():
         texts = [" ".join(item["text"] for item in examples) for examples in fold(task).values()]
         fillers = [{s.strip() for s in SENTENCE.findall(text) if not DECIDES.search(s)} for text in texts]
         names = [own & set(re.findall(r"\w+", text)) for text in texts]
-        for parts, least in ((fillers, 300), (names, 5)):
+        for parts, least in ((fillers, 300), (names, 0 if task == "identity" else 5)):
             assert min(map(len, parts)) >= least
             assert sum(map(len, parts)) == len(set().union(*parts))
 

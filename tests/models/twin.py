@@ -22,17 +22,18 @@ def twin_logits(model: RecurrentRoBERTa, input_ids: Tensor, attention_mask: Tens
 def _document(model: RecurrentRoBERTa, windows: list[Tensor]) -> Tensor:
     document = None
     for _ in range(model.config.num_repeats):
-        states, memory = _states(model, windows, document)
+        states, memories = _states(model, windows, document)
         document = _aggregate(model, windows, states)
-        if memory is not None and model.config.carry == "gru":
-            document = document + model.carry_output(memory)
+        if model.config.carry == "gru":
+            document = document + model.carry_output(torch.cat([memories[-1], torch.stack(memories).mean(0)]))
     return model.classifier(torch.tanh(model.pooler(document)))
 
 
 def _states(
     model: RecurrentRoBERTa, windows: list[Tensor], document: Tensor | None
-) -> tuple[list[Tensor], Tensor | None]:
+) -> tuple[list[Tensor], list[Tensor]]:
     states: list[Tensor] = []
+    memories: list[Tensor] = []
     memory = document if model.config.carry in ("gated", "gru") else None
     for i, window in enumerate(windows):
         if model.config.carry == "none":
@@ -58,7 +59,8 @@ def _states(
         else:
             memory = state
         states.append(state)
-    return states, memory
+        memories.append(memory)
+    return states, memories
 
 
 def _gru(cell: nn.GRUCell, state: Tensor, memory: Tensor) -> Tensor:
