@@ -120,9 +120,9 @@ class ModelOptions(Options):
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout of the encoder's hidden states and of the head")
     carry: Literal["gru", "gated", "residual", "none"] = Field(
-        "gated",
-        description="what a window hears of those before it: a recurrent memory whose end also counts for the "
-        "document, a memory that keeps, the last state, or nothing",
+        "gru",
+        description="what a window hears of those before it: a recurrent memory that also counts for the document, "
+        "a memory that keeps, the last state, or nothing",
     )
     alpha: float = Field(0.8, gt=0, le=1, description="carry residual: weight of the encoder's output in the state")
     global_alpha: float | None = Field(

@@ -63,7 +63,7 @@ def contradictions(settings: Settings) -> list[str]:
         (settings.int8 and settings.device == "cuda", "--int8 does not go with --device cuda"),
         (
             "alpha" in said and settings.carry != "residual",
-            "--alpha belongs to --carry residual; with gated the memory takes its place",
+            f"--alpha belongs to --carry residual, not {settings.carry}",
         ),
         (
             "gate_bias" in said and settings.carry == "none",

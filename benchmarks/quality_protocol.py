@@ -123,6 +123,7 @@ SYNTHETIC_MODELS: dict[tuple[str, str], Options] = {
     ("tobert", ""): {"model_type": "tobert"},
     ("head", ""): {"model_type": "head", "window_size": 2 * synthetic_suite.WINDOW_SIZE, "max_windows": None},
     (OURS, "carry none"): {"model_type": "reberta", "carry": "none"},
+    (OURS, "carry gated"): {"model_type": "reberta", "carry": "gated"},
 }
 
 

@@ -35,7 +35,7 @@ class ReBertaConfig(PreTrainedConfig):
     max_len: int | None = None
     read: str = "first"
     num_repeats: int = 1
-    carry: str = "gated"
+    carry: str = "gru"
     alpha: float = 0.8
     global_alpha: float | None = None
     gate_bias: float = 0.0
