@@ -61,7 +61,7 @@ class HiddenStates(NamedTuple):
     window_failures: Tensor
     """[B, N] bool: windows whose state was not finite and was replaced by the one before it."""
     window_logits: Tensor | None = None
-    """[B, N, C]: what the head makes of each window's state alone; None unless `window_loss` asks for it."""
+    """[B, N, C]: what the head makes of each window's state alone; None but in training with `window_loss`."""
 
 
 class ReBertaOutput(NamedTuple):
@@ -239,7 +239,7 @@ class RecurrentRoBERTa(PreTrainedModel):
             window_gates=torch.stack([in_place(gates_BN) for gates_BN in window_gates]),
             global_gates=torch.stack([entered_B[back_B] for entered_B in global_gates]),
             window_failures=in_place(torch.stack(failures).any(0)),
-            window_logits=self._head(window_states_BND) if self.config.window_loss else None,
+            window_logits=self._head(window_states_BND) if self.config.window_loss and self.training else None,
         )
         return ReBertaOutput(self._head(document_BD)[back_B], hidden_states)
 

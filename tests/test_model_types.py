@@ -20,7 +20,7 @@ from tests.conftest import write_corpus
 SMALL = {"head": "--window_size 16", "head_tail": "--window_size 16"}
 MANY = "--window_size 12 --max_windows 2"
 EXPECTED = {
-    "reberta": {"carry": "gated", "aggregation": "encoder", "read": "first", "max_windows": 2},
+    "reberta": {"carry": "gru", "aggregation": "encoder", "read": "first", "max_windows": 2},
     "head": {"carry": "none", "aggregation": "mean", "read": "first", "max_windows": 1, "window_size": 16},
     "head_tail": {"carry": "none", "aggregation": "mean", "read": "head_tail", "max_windows": 1, "window_size": 16},
     "random_windows": {"carry": "none", "aggregation": "mean", "read": "random", "max_windows": 2},
