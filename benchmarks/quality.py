@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import chain
 from pathlib import Path
@@ -39,7 +40,7 @@ from tqdm import tqdm
 
 from benchmarks import common, corpora, quality_report, report, synthetic_suite
 from benchmarks import quality_protocol as protocol
-from benchmarks.corpora import LONG, SPLITS, load_split
+from benchmarks.corpora import LONG, SPLITS, Document, load_split
 from benchmarks.linear import fit
 from benchmarks.quality_protocol import Study
 from benchmarks.quality_statistics import chosen_rate, select
@@ -97,7 +98,9 @@ class Workshop:
         if corpus in protocol.CORPORA:
             source = corpora.make_corpus(protocol.CORPORA[corpus].source, self.corpora_dir)
             shortened = protocol.CORPORA[corpus].long_only
-            self._places[corpus] = long_only(source, self.folder / corpus) if shortened else source
+            self._places[corpus] = rewrite(source, self.folder / corpus, long_only) if shortened else source
+            if corpus in protocol.ABLATED:
+                rewrite(self._places[corpus], self._shuffled(corpus), shuffled)
             tests = {fold: load_split(self.data(corpus, fold), "test") for fold in sorted(folds)}
         else:
             suite = protocol.SYNTHETIC_SUITE._replace(model_path=str(ROOT / protocol.SYNTHETIC_ENCODER))
@@ -110,9 +113,15 @@ class Workshop:
             "tokens": {str(fold): " ".join(str(d["tokens"]) for d in documents) for fold, documents in tests.items()},
         }
 
-    def data(self, corpus: str, fold: int) -> Path:
+    def data(self, corpus: str, fold: int, variant: str = "") -> Path:
         """The folder of the three splits."""
-        return self._places[corpus] / f"fold-{fold}" if corpus in protocol.CORPORA else self._places[corpus]
+        if corpus not in protocol.CORPORA:
+            return self._places[corpus]
+        place = self._shuffled(corpus) if variant == protocol.SHUFFLED else self._places[corpus]
+        return place / f"fold-{fold}"
+
+    def _shuffled(self, corpus: str) -> Path:
+        return self.folder / f"{corpus}-shuffled"
 
     def measure(self, cell: Cell) -> Row:
         """The figures of a cell. Raises TrainingError when its process fails, with the end of what it said."""
@@ -120,7 +129,7 @@ class Workshop:
         job = {
             "cell": cell,
             "encoder": str(ROOT / cell["encoder"]),
-            "data": str(self.data(cell["corpus"], cell["fold"]).resolve()),
+            "data": str(self.data(cell["corpus"], cell["fold"], cell["variant"]).resolve()),
             "cache": str(self.folder / "cache"),
         }
         write_text(folder / "job.json", json.dumps(job))
@@ -152,13 +161,28 @@ class Workshop:
             process.kill()
 
 
-def long_only(source: Path, folder: Path) -> Path:
-    """The corpus without the documents that one window can hold."""
+def rewrite(source: Path, folder: Path, change: Callable[[list[Document]], list[Document]]) -> Path:
+    """The corpus with each of its splits changed."""
     folder.mkdir()
     for fold in sorted(source.glob("fold-*")):
-        parts = {part: [d for d in load_split(fold, part) if d["tokens"] > LONG] for part in SPLITS}
-        corpora.write_fold(folder / fold.name, parts)
+        corpora.write_fold(folder / fold.name, {part: change(load_split(fold, part)) for part in SPLITS})
     return folder
+
+
+def long_only(documents: list[Document]) -> list[Document]:
+    """Without the documents that one window can hold."""
+    return [document for document in documents if document["tokens"] > LONG]
+
+
+def shuffled(documents: list[Document]) -> list[Document]:
+    """The same documents with runs of words, as long as windows about, in an order drawn by their ids."""
+    changed = []
+    for document in documents:
+        words = document["text"].split()
+        runs = [words[start : start + protocol.RUN] for start in range(0, len(words), protocol.RUN)]
+        random.Random(document["id"]).shuffle(runs)
+        changed.append(Document({**document, "text": " ".join(chain.from_iterable(runs))}))
+    return changed
 
 
 def measure_linear(data: Path) -> Row:

@@ -80,6 +80,8 @@ MODELS = {
     "transformer": Model({"model_type": "transformer", "fresh_lr_factor": 1, "epochs": 25}, LRS_FROM_SCRATCH),
 }
 
+SHUFFLED = "windows shuffled"  # of all documents, in training too: they are written so, in runs of RUN words
+RUN = 96
 ABLATED = {"brown-15": FOLDS[:2], "sotu-era": FOLDS[:2]}
 VARIANTS: dict[str, Options] = {
     "window_loss 0": {"window_loss": 0},
@@ -97,6 +99,7 @@ VARIANTS: dict[str, Options] = {
     "global_alpha 0.8": {"global_alpha": 0.8},
     "gate_bias -2": {"gate_bias": -2},
     "gate_bias 2": {"gate_bias": 2},
+    SHUFFLED: {},
     "read first": {"read": "first"},
     "read first, window_overlap 32": {"read": "first", "window_overlap": 32},
     "window_size 256": {"window_size": 256},  # as many tokens read: see `with_windows`

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import common, quality, report, synthetic_suite
 from benchmarks import quality_protocol as protocol
-from benchmarks.corpora import Document, load_split, write_fold
+from benchmarks.corpora import SPLITS, Document, load_split, write_fold
 from config import parse_settings
 from tests.test_benchmarks_synthetic_suite import tokenizer_of
 from utils import ConfigError, TrainingError
@@ -308,6 +308,24 @@ def test_of_20_newsgroups_the_long_documents_are_left(small, tmp_path):
     assert facts == {"labels": 2, "documents": {"train": 6, "validation": 2, "test": 3}, "tokens": {"0": "600 600 600"}}
     left = {part: [d for d in fold[part] if d["tokens"] > 512] for part in fold}
     assert {part: load_split(workshop.data("news", 0), part) for part in fold} == left
+
+
+def test_shuffled_documents_have_the_same_runs_of_words_in_another_order(small, tmp_path):
+    texts = {part: " ".join(f"{part}{number}" for number in range(500)) for part in SPLITS}
+    fold = {part: [Document(id=f"{part}-1", text=texts[part], label="a", tokens=900)] for part in SPLITS}
+    (tmp_path / "corpora" / "sotu-era").mkdir(parents=True)
+    write_fold(tmp_path / "corpora" / "sotu-era" / "fold-0", fold)
+    (tmp_path / "work").mkdir()
+    workshop = quality.Workshop(tmp_path / "work", tmp_path / "corpora")
+    workshop.prepare("sotu-era", {0})
+    for part, text in texts.items():
+        assert load_split(workshop.data("sotu-era", 0), part) == fold[part]
+        [document] = load_split(workshop.data("sotu-era", 0, protocol.SHUFFLED), part)
+        assert document == {**fold[part][0], "text": document["text"]}
+        assert document["text"] != text
+        runs = [" ".join(text.split()[start : start + 96]) for start in range(0, 500, 96)]
+        assert all(run in document["text"] for run in runs)
+        assert sorted(document["text"].split()) == sorted(text.split())
 
 
 def test_a_synthetic_task_is_scored_by_distance(small, process, tmp_path, monkeypatch):
