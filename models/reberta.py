@@ -34,6 +34,7 @@ from transformers import initialization as init
 
 from .aggregation import AttentionAggregation, EncoderAggregation, TransformerAggregation, masked_max, masked_mean
 from .batch import Batch, plan_batch
+from .cell import MemoryCell
 from .configuration import ReBertaConfig
 from .encoder import Dropout, cls_output, load_encoder, recomputed, token_lookup, use_rotary_positions
 
@@ -127,7 +128,7 @@ class RecurrentRoBERTa(PreTrainedModel):
         if config.carry == "gated":
             self.carry_gate = nn.Linear(2 * size, size)
         elif config.carry == "gru":
-            self.carry_cell = nn.GRUCell(size, size)
+            self.carry_cell = MemoryCell(size, size)
             self.carry_output = nn.Linear(2 * size, size)
         if config.num_repeats > 1:
             self.global_norm = nn.LayerNorm(size)

@@ -27,7 +27,16 @@ FLAGS = (
 )
 FILES = {
     *("config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
-    *("ema.safetensors", "reberta.py", "configuration.py", "encoder.py", "aggregation.py", "batch.py", "pipeline.py"),
+    *(
+        "ema.safetensors",
+        "reberta.py",
+        "configuration.py",
+        "encoder.py",
+        "aggregation.py",
+        "batch.py",
+        "cell.py",
+        "pipeline.py",
+    ),
 }
 
 

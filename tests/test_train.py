@@ -83,7 +83,7 @@ def test_a_run_leaves_these_files(run):
     assert {path.name for path in last_checkpoint(trained).iterdir()} == {
         *("config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
         "manifest.json",
-        *("reberta.py", "configuration.py", "encoder.py", "aggregation.py", "batch.py", "pipeline.py"),
+        *("reberta.py", "configuration.py", "encoder.py", "aggregation.py", "batch.py", "cell.py", "pipeline.py"),
     }
     assert (trained.best_model / "model.pt").is_file()
     environment = json.loads((trained.run_folder / "environment.json").read_text())

@@ -23,6 +23,7 @@ MODEL = {
         "encoder.py",
         "aggregation.py",
         "batch.py",
+        "cell.py",
         "pipeline.py",
         "training_texts.safetensors",
     ),

@@ -31,7 +31,7 @@ LABELS = ["dull", "bright", "odd"]
 SETTINGS = {"window_size": 12, "problem_type": "single_label", "label_column": "label"}
 FILES = {
     *("config.json", "model.safetensors", "model.pt", "settings.json", "tokenizer.json", "tokenizer_config.json"),
-    *("reberta.py", "configuration.py", "encoder.py", "aggregation.py", "batch.py", "pipeline.py"),
+    *("reberta.py", "configuration.py", "encoder.py", "aggregation.py", "batch.py", "cell.py", "pipeline.py"),
 }
 
 
