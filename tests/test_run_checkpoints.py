@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import engine
 from config import parse_settings
 from run_checkpoints import MANIFEST, checkpoints, fault, keep, newest_whole, step_of
-from tests.conftest import write_corpus
+from tests.conftest import MODEL_CODE, write_corpus
 from train import train
 from train_by_steps import train_by_steps
 from utils import ConfigError, DataError, ModelError, StoppedError, TrainingError
@@ -27,16 +27,8 @@ FLAGS = (
 )
 FILES = {
     *("config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
-    *(
-        "ema.safetensors",
-        "reberta.py",
-        "configuration.py",
-        "encoder.py",
-        "aggregation.py",
-        "batch.py",
-        "cell.py",
-        "pipeline.py",
-    ),
+    "ema.safetensors",
+    *MODEL_CODE,
 }
 
 

@@ -21,7 +21,7 @@ from data_utils.dataset import LongTextBatchSampler, LongTextDataset, collate, l
 from engine import Objective
 from models.checkpoint import load_model_and_config
 from models.registry import build_model
-from tests.conftest import write_corpus
+from tests.conftest import MODEL_CODE, write_corpus
 from train import class_weights, train
 from train_by_steps import train_by_steps
 from utils import ConfigError, TrainingError
@@ -83,7 +83,7 @@ def test_a_run_leaves_these_files(run):
     assert {path.name for path in last_checkpoint(trained).iterdir()} == {
         *("config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
         "manifest.json",
-        *("reberta.py", "configuration.py", "encoder.py", "aggregation.py", "batch.py", "cell.py", "pipeline.py"),
+        *MODEL_CODE,
     }
     assert (trained.best_model / "model.pt").is_file()
     environment = json.loads((trained.run_folder / "environment.json").read_text())

@@ -11,22 +11,16 @@ import time
 import torch
 from safetensors.torch import load_file
 
+from tests.conftest import MODEL_CODE
+
 REPORT = {
     *("evaluation_results.txt", "metrics.json", "class_metrics.png", "confusion_matrix.png", "reliability.png"),
     "evaluation.log",
 }
 MODEL = {
     *("config.json", "model.safetensors", "model.pt", "settings.json", "tokenizer.json", "tokenizer_config.json"),
-    *(
-        "reberta.py",
-        "configuration.py",
-        "encoder.py",
-        "aggregation.py",
-        "batch.py",
-        "cell.py",
-        "pipeline.py",
-        "training_texts.safetensors",
-    ),
+    "training_texts.safetensors",
+    *MODEL_CODE,
 }
 RUN = {"settings.json", "environment.json", "status.json", "train.log", "metrics.jsonl", "learning_curves.png", ".lock"}
 

@@ -23,7 +23,7 @@ from models.checkpoint import (
     save_checkpoint,
 )
 from models.reberta import RecurrentRoBERTa
-from tests.conftest import CLS, PAD, SEP, word_tokenizer
+from tests.conftest import CLS, MODEL_CODE, PAD, SEP, word_tokenizer
 from tests.models.conftest import build, documents
 from utils import ModelError
 
@@ -31,7 +31,7 @@ LABELS = ["dull", "bright", "odd"]
 SETTINGS = {"window_size": 12, "problem_type": "single_label", "label_column": "label"}
 FILES = {
     *("config.json", "model.safetensors", "model.pt", "settings.json", "tokenizer.json", "tokenizer_config.json"),
-    *("reberta.py", "configuration.py", "encoder.py", "aggregation.py", "batch.py", "cell.py", "pipeline.py"),
+    *MODEL_CODE,
 }
 
 
