@@ -266,7 +266,7 @@ def test_starting_from_a_checkpoint(run):
     first = run("", "first")
     second = run(f"--model_path {first.best_model}/model.pt --learning_rate 1e-12 --epochs 1", "second")
     assert_same(weights(second.best_model), weights(first.best_model), 1e-6)
-    with pytest.raises(ConfigError, match="was built with --carry gated"):
+    with pytest.raises(ConfigError, match="was built with --carry gru"):
         run(f"--model_path {first.best_model} --carry residual", "third")
 
 
