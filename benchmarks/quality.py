@@ -98,9 +98,7 @@ class Workshop:
         if corpus in protocol.CORPORA:
             source = corpora.make_corpus(protocol.CORPORA[corpus].source, self.corpora_dir)
             shortened = protocol.CORPORA[corpus].long_only
-            self._places[corpus] = rewrite(source, self.folder / corpus, long_only) if shortened else source
-            if corpus in protocol.ABLATED:
-                rewrite(self._places[corpus], self._shuffled(corpus), shuffled)
+            self._places[corpus] = long_only(source, self.folder / corpus) if shortened else source
             tests = {fold: load_split(self.data(corpus, fold), "test") for fold in sorted(folds)}
         else:
             suite = protocol.SYNTHETIC_SUITE._replace(model_path=str(ROOT / protocol.SYNTHETIC_ENCODER))
@@ -113,23 +111,20 @@ class Workshop:
             "tokens": {str(fold): " ".join(str(d["tokens"]) for d in documents) for fold, documents in tests.items()},
         }
 
-    def data(self, corpus: str, fold: int, variant: str = "") -> Path:
+    def data(self, corpus: str, fold: int) -> Path:
         """The folder of the three splits."""
-        if corpus not in protocol.CORPORA:
-            return self._places[corpus]
-        place = self._shuffled(corpus) if variant == protocol.SHUFFLED else self._places[corpus]
-        return place / f"fold-{fold}"
-
-    def _shuffled(self, corpus: str) -> Path:
-        return self.folder / f"{corpus}-shuffled"
+        return self._places[corpus] / f"fold-{fold}" if corpus in protocol.CORPORA else self._places[corpus]
 
     def measure(self, cell: Cell) -> Row:
         """The figures of a cell. Raises TrainingError when its process fails, with the end of what it said."""
         folder = Path(tempfile.mkdtemp(prefix="cell-", dir=self.folder))
+        data = self.data(cell["corpus"], cell["fold"])
+        if cell["variant"] == protocol.SHUFFLED:
+            data = rewrite(data, folder / "shuffled", shuffled)
         job = {
             "cell": cell,
             "encoder": str(ROOT / cell["encoder"]),
-            "data": str(self.data(cell["corpus"], cell["fold"], cell["variant"]).resolve()),
+            "data": str(data.resolve()),
             "cache": str(self.folder / "cache"),
         }
         write_text(folder / "job.json", json.dumps(job))
@@ -162,16 +157,17 @@ class Workshop:
 
 
 def rewrite(source: Path, folder: Path, change: Callable[[list[Document]], list[Document]]) -> Path:
-    """The corpus with each of its splits changed."""
-    folder.mkdir()
-    for fold in sorted(source.glob("fold-*")):
-        corpora.write_fold(folder / fold.name, {part: change(load_split(fold, part)) for part in SPLITS})
+    """A fold with each of its splits changed."""
+    corpora.write_fold(folder, {part: change(load_split(source, part)) for part in SPLITS})
     return folder
 
 
-def long_only(documents: list[Document]) -> list[Document]:
-    """Without the documents that one window can hold."""
-    return [document for document in documents if document["tokens"] > LONG]
+def long_only(source: Path, folder: Path) -> Path:
+    """The corpus without the documents that one window can hold."""
+    folder.mkdir()
+    for fold in sorted(source.glob("fold-*")):
+        rewrite(fold, folder / fold.name, lambda documents: [d for d in documents if d["tokens"] > LONG])
+    return folder
 
 
 def shuffled(documents: list[Document]) -> list[Document]:

@@ -92,7 +92,13 @@ def test_a_loaded_encoder_has_our_dropout_and_the_weights_names_of_transformers(
 @pytest.mark.parametrize("kind", ["roberta", "bert"])
 @pytest.mark.parametrize("memory_level", [0, 1, 2])
 @pytest.mark.parametrize(
-    "options", [{}, {"position_encoding": "rope"}, {"carry": "gated"}, {"carry": "residual", "num_repeats": 2}]
+    "options",
+    [
+        {},
+        {"position_encoding": "rope"},
+        {"carry": "gated", "num_repeats": 2},
+        {"carry": "residual", "num_repeats": 2},
+    ],
 )
 def test_bf16_is_close_to_the_slow_twin_in_fp32(kind, memory_level, options):
     model = model_of(kind, memory_level=memory_level, **options)
