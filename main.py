@@ -18,10 +18,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from config import DEFAULT_TEST_PATH, Settings, parse_settings
-from processes import stop_at_once
+from processes import leave_processes, stop_at_once
 from utils import (
     ConfigError,
     ReBertaError,
@@ -95,8 +93,7 @@ def main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
         return 1
     finally:
         signal.signal(signal.SIGTERM, before)
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        leave_processes()
     return 0
 
 

@@ -1,12 +1,13 @@
 """The processes of a command: signals that stop them, and several of them under torchrun.
 
 - `StopSignals`: SIGTERM and Ctrl-C, noted so that a run can save; `stop_at_once`, where there is nothing to save
-- `join_processes`: makes one group of those that torchrun started; without torchrun nothing changes
+- `join_processes`, `leave_processes`: one group of those that torchrun started; without torchrun nothing changes
 - `gather`, `said_once`: what all of them know, and errors that all of them find
 """
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -72,6 +73,17 @@ def join_processes(device: torch.device) -> torch.device:
     if not under_torchrun():
         return device
     return PartialState(cpu=device.type == "cpu", timeout=LONGEST_WAIT).device
+
+
+def leave_processes() -> None:
+    """End the group, with its threads.
+
+    A trainer and its model hold it and lie in reference cycles. Left to the end of the interpreter, a thread of gloo
+    that still has a tensor to release aborts the process (pytorch/pytorch#179291).
+    """
+    if torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
 
 
 def said_once(error: E) -> E:

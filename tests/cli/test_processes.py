@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.cli.conftest import TORCHRUN
+from tests.cli.conftest import ROOT, TORCHRUN
 
 TWO = (
     "--config tiny.yaml --mode train --epochs 6 --eval_every 5 --batch_size 4 --dropout 0 --optimizer_type sgd "
@@ -93,6 +93,28 @@ def test_two_processes_train_as_one(project, two, command):
     assert {path.name for path in (two / "checkpoint-18").glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
     status = json.loads((two / "status.json").read_text())
     assert (status["state"], status["step"], status["max_steps"], status["exit_code"]) == ("finished", 18, 18, 0)
+
+
+def test_the_end_leaves_no_thread_of_the_group(project, start):
+    """One that releases a tensor while the interpreter ends would abort the process, now and then."""
+    script = project / "then_threads.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from pathlib import Path\n"
+        "import torch.distributed, main\n"
+        "destroy = torch.distributed.destroy_process_group\n"
+        "gloo = lambda: sum('gloo' in f.read_text() for f in Path('/proc/self/task').glob('*/comm'))\n"
+        "torch.distributed.destroy_process_group = lambda: (print('threads before:', gloo()), destroy())\n"
+        "code = main.main()\n"
+        "print('threads after:', gloo(), flush=True)\n"
+        "sys.exit(code)\n"
+    )
+    arguments = f"{TWO} --epochs 1 --output_dir logs/threads"
+    process = start(project, arguments, str(script), (*TORCHRUN, "--nproc-per-node", "2"))
+    said, console = process.communicate(timeout=300)
+    assert process.returncode == 0, console
+    assert len(re.findall("threads before: [1-9]", said)) == 2
+    assert said.count("threads after: 0") == 2
 
 
 def test_two_processes_evaluate_as_one(project, two, command, run_two):
