@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import statistics
 import sys
 import time
@@ -43,13 +44,19 @@ def elapsed(work: Callable[[], object]) -> float:
 
 
 def roofline() -> dict[str, float]:
-    """FLOPs a second of a product of two square matrices, by precision: the best of some."""
+    """FLOPs a second of a product of two square matrices, by precision: the best of some, by torch and by oneDNN."""
     found = {}
     for precision, dtype in PRECISIONS.items():
         matrix = torch.randn(ROOFLINE_SIZE, ROOFLINE_SIZE).to(dtype)
-        multiply = functools.partial(torch.matmul, matrix, matrix)
-        found[precision] = 2 * ROOFLINE_SIZE**3 / min(elapsed(multiply) for _ in range(ROOFLINE_REPEATS))
+        by_torch = functools.partial(torch.matmul, matrix, matrix)
+        by_onednn = functools.partial(torch.ops.mkldnn._linear_pointwise, matrix, matrix, None, "none", [], "")
+        best = min(elapsed(multiply) for multiply in (by_torch, by_onednn) for _ in range(ROOFLINE_REPEATS))
+        found[precision] = 2 * ROOFLINE_SIZE**3 / best
     return found
+
+
+def _linear_flops(values: Sizes, weight: Sizes, *_: object, **__: object) -> int:
+    return 2 * math.prod(values) * weight[0]
 
 
 def _sdpa_flops(query: Sizes, key: Sizes, value: Sizes, *_: object, **__: object) -> int:
@@ -61,12 +68,13 @@ def _sdpa_backward_flops(gradient: Sizes, query: Sizes, key: Sizes, value: Sizes
 
 
 def flop_counter() -> FlopCounterMode:
-    """Counts the FLOPs of matrix products while it is open, those of attention on a CPU too, which torch leaves out."""
-    attention = {
+    """Counts the FLOPs of matrix products while it is open, also of those by oneDNN and of attention on a CPU."""
+    left_out = {
+        torch.ops.mkldnn._linear_pointwise: _linear_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward_flops,
     }
-    return FlopCounterMode(display=False, custom_mapping=attention)
+    return FlopCounterMode(display=False, custom_mapping=left_out)
 
 
 def call(model: nn.Module, input_ids: Tensor, mode: str, precision: str) -> None:

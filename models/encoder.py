@@ -6,7 +6,8 @@
 - `cls_output`: [CLS] of a batch of embedded windows; the last layer computes the [CLS] row only, since nothing else of
   it is read; no attention mask where nothing is padded; layer-wise recomputation where asked
 - `use_rotary_positions`: rotary positions
-- attention by device and type, registered with transformers; dropout that draws four numbers at a time on a CPU
+- attention by device and type, registered with transformers; dropout that draws four numbers at a time on a CPU;
+  linear layers by oneDNN there
 
 Shapes: B documents, W tokens of a window, D hidden size, H heads, K size of a head, V tokens of the vocabulary.
 """
@@ -23,10 +24,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.activations import GELUActivation
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, create_bidirectional_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.models.bert.modeling_bert import eager_attention_forward
+
+from .linear import Linear
 
 ATTENTION = "reberta"
 ROTARY = "reberta_rotary"
@@ -60,6 +64,8 @@ def load_encoder(
     for name, module in list(model.named_modules()):
         if type(module) is nn.Dropout:
             model.set_submodule(name, Dropout(module.p))
+        elif type(module) is nn.Linear:
+            module.__class__ = Linear  # which computes the same, and differs in nothing else
     return model
 
 
@@ -208,6 +214,10 @@ def _read_layer(layer: Any, hidden_TD: Tensor, batch: int, mask: Tensor | None, 
         scaling=attention.scaling,
     )
     attended = layer.attention.output(context_BWHK.reshape(queried.shape), queried)
+    first = layer.intermediate
+    with_gelu = type(first.dense) is Linear and type(first.intermediate_act_fn) is GELUActivation
+    if with_gelu and not torch.is_grad_enabled():
+        return layer.output(first.dense.followed_by_gelu(attended), attended)
     return layer.feed_forward_chunk(attended)
 
 

@@ -20,7 +20,10 @@ WIDTH = 32
 UNK, PAD, CLS, SEP, MASK = range(5)
 WORDS = range(5, VOCABULARY)
 LABELS = ("early", "late")
-MODEL_CODE = {"reberta.py", "configuration.py", "encoder.py", "aggregation.py", "batch.py", "cell.py", "pipeline.py"}
+MODEL_CODE = {
+    *("reberta.py", "configuration.py", "encoder.py", "aggregation.py"),
+    *("batch.py", "cell.py", "linear.py", "pipeline.py"),
+}
 """What is written beside the weights, so that transformers alone can load them."""
 
 

@@ -160,18 +160,20 @@ def test_recomputation_keeps_fewer_activations(encoder_config):
     saved = {}
     for level in (0, 1, 2):
         model = build(encoder_config, memory_level=level).train()
+        weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         elements = 0
 
         def pack(tensor):
             nonlocal elements
-            elements += tensor.numel() if not isinstance(tensor, torch.nn.Parameter) else 0
+            if tensor.is_floating_point() and tensor.untyped_storage().data_ptr() not in weights:  # noqa: B023
+                elements += tensor.numel()
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             model(input_ids=input_ids, attention_mask=mask)
         saved[level] = elements
-    assert saved[1] < saved[0] / 2
-    assert saved[2] < saved[0] / 2
+    assert saved[1] < saved[0] / 5
+    assert saved[2] < saved[1] / 2
 
 
 @pytest.mark.parametrize("carry", ["gru", "gated", "residual"])
