@@ -61,10 +61,10 @@ def test_windows_of_another_size_read_as_many_tokens():
     sizes = {name: options["window_size"] for name, options in protocol.VARIANTS.items() if "window_size" in options}
     assert len(sizes) >= 2
     for name, size in sizes.items():
-        study = protocol.ablation_study("brown-15", name)
+        study = protocol.ablation_study(protocol.SMALLEST, name)
         settings = parse_settings(["--mode", "train", *study.options.split()])
         tested = parse_settings(["--mode=evaluate", "--model_path=m", "--test_path=t", *study.readings[-1].split()])
-        planned = protocol.CORPORA["brown-15"].options
+        planned = protocol.CORPORA[protocol.SMALLEST].options
         assert settings.window_size == size
         assert size * settings.max_windows == planned["window_size"] * planned["max_windows"]
         assert size * tested.max_windows == protocol.WINDOW_SIZE * protocol.ALL_WINDOWS
