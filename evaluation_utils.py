@@ -124,20 +124,27 @@ def classification_metrics(
     predicted = predicted_labels(probabilities, problem_type, thresholds)
     truth = labels.astype(np.int64)
     classes = _sklearn_labels(np.arange(len(label_names)), truth)
-    truth_nC = truth if multi else np.eye(len(label_names), dtype=np.int64)[truth]
     metrics: dict[str, Any] = {"accuracy": float(accuracy_score(truth, predicted))}
     for average in ("macro", "weighted", "micro")[: 3 if multi else 2]:
         scores = precision_recall_fscore_support(truth, predicted, labels=classes, average=average, zero_division=0)
         metrics |= {f"{measure}_{average}": float(score) for measure, score in zip(MEASURES, scores, strict=False)}
-    metrics["log_loss"] = _log_loss(probabilities, truth_nC, multi)
-    metrics["ece"] = calibration_error(*claims(probabilities, truth))
-    metrics["ece_classwise"] = float(np.mean(list(map(calibration_error, probabilities.T, truth_nC.T))))
+    metrics |= _calibration_metrics(truth, probabilities, multi)
     columns = precision_recall_fscore_support(truth, predicted, labels=classes, zero_division=0)
     metrics["per_class"] = [
         {"label": name, "precision": float(p), "recall": float(r), "f1": float(f), "support": int(support)}
         for name, p, r, f, support in zip(label_names, *columns, strict=True)
     ]
     return metrics
+
+
+def _calibration_metrics(truth: np.ndarray, probabilities: np.ndarray, multi: bool) -> dict[str, float]:
+    """What `CALIBRATED` names."""
+    truth_nC = truth if multi else np.eye(probabilities.shape[1], dtype=np.int64)[truth]
+    return {
+        "log_loss": _log_loss(probabilities, truth_nC, multi),
+        "ece": calibration_error(*claims(probabilities, truth)),
+        "ece_classwise": float(np.mean(list(map(calibration_error, probabilities.T, truth_nC.T)))),
+    }
 
 
 def _sklearn_labels(classes: np.ndarray, truth: np.ndarray) -> np.ndarray:
@@ -227,8 +234,8 @@ def evaluate_model(
     predicted = predicted_labels(scores, problem_type, thresholds)
     metrics: dict[str, Any] = {"problem_type": problem_type, "documents": len(labels)}
     metrics |= classification_metrics(labels, scores, label_names, problem_type, thresholds)
-    uncalibrated = classification_metrics(labels, raw_scores, label_names, problem_type)
-    metrics |= {"temperature": temperature, **{f"{name}_uncalibrated": uncalibrated[name] for name in CALIBRATED}}
+    uncalibrated = _calibration_metrics(labels, raw_scores, problem_type == "multi_label")
+    metrics |= {"temperature": temperature, **{f"{name}_uncalibrated": value for name, value in uncalibrated.items()}}
     metrics |= {"windows": prediction.windows, "failed_windows": prediction.failed_windows}
     metrics["window_failures"] = [{"document": names[i], "window": window} for i, window in prediction.failures]
     if token_counts is not None:
@@ -359,9 +366,13 @@ def _class_table(metrics: Mapping[str, Any]) -> str:
     rows: list[Sequence[str]] = [("class", "precision", "recall", "F1", "documents")]
     for row in metrics["per_class"]:
         rows.append((shorten(" ".join(row["label"].split()), 60), *_numbers(row, MEASURES), f"{row['support']:,}"))
+    if "thresholds" in metrics:
+        thresholds = [f"{threshold:.4f}" for threshold in metrics["thresholds"]]
+        rows = [(*row, cell) for row, cell in zip(rows, ["threshold", *thresholds], strict=True)]
     for average in _averages(metrics):
         keys = [f"{measure}_{average}" for measure in MEASURES]
-        rows.append((f"({average} average)", *_numbers(metrics, keys), f"{metrics['documents']:,}"))
+        none = [""] * (len(rows[0]) - 5)
+        rows.append((f"({average} average)", *_numbers(metrics, keys), f"{metrics['documents']:,}", *none))
     return _table(rows)
 
 

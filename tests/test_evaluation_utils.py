@@ -316,7 +316,11 @@ def test_several_labels(tmp_path):
         assert float(row["confidence"]) == pytest.approx(np.where(said, scores, 1 - scores).prod())
     assert metrics["accuracy"] == np.mean([row["label"] == row["predicted"] for row in rows])
     assert metrics["thresholds"] == thresholds
-    assert "(micro average)" in (tmp_path / "evaluation_results.txt").read_text(encoding="utf-8")
+    report = (tmp_path / "evaluation_results.txt").read_text(encoding="utf-8")
+    assert "(micro average)" in report
+    header, _, *classes = report.split("\n\n")[1].splitlines()[:5]
+    assert header.split()[-1] == "threshold"
+    assert [float(line.split()[-1]) for line in classes] == thresholds
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted([*FILES, "predictions.csv"])
 
 
