@@ -366,13 +366,13 @@ def _class_table(metrics: Mapping[str, Any]) -> str:
     rows: list[Sequence[str]] = [("class", "precision", "recall", "F1", "documents")]
     for row in metrics["per_class"]:
         rows.append((shorten(" ".join(row["label"].split()), 60), *_numbers(row, MEASURES), f"{row['support']:,}"))
+    no_threshold = [""] if "thresholds" in metrics else []
     if "thresholds" in metrics:
         thresholds = [f"{threshold:.4f}" for threshold in metrics["thresholds"]]
         rows = [(*row, cell) for row, cell in zip(rows, ["threshold", *thresholds], strict=True)]
     for average in _averages(metrics):
         keys = [f"{measure}_{average}" for measure in MEASURES]
-        none = [""] * (len(rows[0]) - 5)
-        rows.append((f"({average} average)", *_numbers(metrics, keys), f"{metrics['documents']:,}", *none))
+        rows.append((f"({average} average)", *_numbers(metrics, keys), f"{metrics['documents']:,}", *no_threshold))
     return _table(rows)
 
 

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from tqdm import tqdm
 
 from benchmarks import common, peers
+from models.linear import product_by_onednn
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MODES = ("training", "inference")
@@ -49,7 +50,7 @@ def roofline() -> dict[str, float]:
     for precision, dtype in PRECISIONS.items():
         matrix = torch.randn(ROOFLINE_SIZE, ROOFLINE_SIZE).to(dtype)
         by_torch = functools.partial(torch.matmul, matrix, matrix)
-        by_onednn = functools.partial(torch.ops.mkldnn._linear_pointwise, matrix, matrix, None, "none", [], "")
+        by_onednn = functools.partial(product_by_onednn, matrix, matrix)
         best = min(elapsed(multiply) for multiply in (by_torch, by_onednn) for _ in range(ROOFLINE_REPEATS))
         found[precision] = 2 * ROOFLINE_SIZE**3 / best
     return found
