@@ -64,7 +64,7 @@ def load_encoder(
     for name, module in list(model.named_modules()):
         if type(module) is nn.Dropout:
             model.set_submodule(name, Dropout(module.p))
-        elif type(module) is nn.Linear:
+        elif type(module) is nn.Linear and torch.backends.mkldnn.is_available():
             module.__class__ = Linear  # which computes the same, and differs in nothing else
     return model
 
