@@ -171,6 +171,12 @@ class TrainingOptions(Options):
     freeze_except_last: int | None = Field(
         None, ge=0, description="train only the last so many layers of the encoder, besides what it does not bring"
     )
+    probe_epochs: int = Field(
+        0,
+        ge=0,
+        description="before training, read the training set so often without training the encoder, and start from the "
+        "head that fits it best; pays where documents are few",
+    )
     window_loss: float = Field(
         0.0, ge=0, description="weight of a second loss: each window's state alone must tell the document's label"
     )

@@ -262,6 +262,8 @@ class ReBertaTrainer(PiecewiseTrainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         self.log(dict(metrics))
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        if self.state.global_step == 0:  # Trainer chooses among the evaluations that follow
+            self._determine_best_metric(metrics, trial=None)
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:

@@ -29,6 +29,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "window_overlap": 0,
         "max_memory": None,
         "freeze_except_last": None,
+        "probe_epochs": 0,
         "window_loss": 0.0,
     },
 }

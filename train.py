@@ -31,6 +31,7 @@ from data_utils.dataset import LongTextDataset, dataset_options, load_tokenizer
 from data_utils.overlap import warn_of_overlap
 from data_utils.readers import expand_paths
 from engine import Data, EngineCallback, MetricsCallback, Objective, ReBertaTrainer
+from linear_probe import fit_head
 from memory_plan import plan_memory
 from models.checkpoint import is_checkpoint, load_checkpoint_tokenizer, load_training_texts
 from models.registry import build_model
@@ -91,6 +92,8 @@ def fit(settings: Settings, *, epochs: int | None = None, steps: int | None = No
         else:
             if settings.max_memory is not None:
                 plan_memory(trainer)
+            if trainer.args.eval_on_start:
+                fit_head(trainer)
             run_training(trainer, resume_from)
     logger.info("best %s: %.4f", settings.metric_for_best, trainer.state.best_metric)
     logger.info("run folder: %s", run.folder)
@@ -157,7 +160,7 @@ def build_trainer(
         run,
         Objective(settings.label_smoothing, class_weights(settings, data.train), settings.window_loss),
         model=model,
-        args=_training_arguments(settings, run, device, epochs, steps),
+        args=_training_arguments(settings, run, device, resume_from, epochs, steps),
         optimizer_cls_and_kwargs=(optimizer, {"lr": settings.learning_rate, **optimizer_options}),
     )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
@@ -183,7 +186,12 @@ def build_trainer(
 
 
 def _training_arguments(
-    settings: Settings, run: RunFolder, device: torch.device, epochs: int | None, steps: int | None
+    settings: Settings,
+    run: RunFolder,
+    device: torch.device,
+    resume_from: str | None,
+    epochs: int | None,
+    steps: int | None,
 ) -> TrainingArguments:
     precision = mixed_precision_type(settings.mixed_precision_type, device) if settings.mixed_precision else None
     when = "steps" if settings.eval_every else "epoch"
@@ -203,6 +211,7 @@ def _training_arguments(
         logging_nan_inf_filter=False,  # it would log a loss that is not a number as 0.0 and go on
         eval_strategy=when,
         eval_steps=settings.eval_every,
+        eval_on_start=settings.probe_epochs > 0 and resume_from is None,  # of the head that the probe fitted
         save_strategy=when,
         save_steps=settings.eval_every or 1,
         metric_for_best_model=settings.metric_for_best,

@@ -1,0 +1,118 @@
+"""The head that a linear probe gives, against scikit-learn's logistic regression, and training that starts from it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sklearn.linear_model import LogisticRegression
+
+from config import parse_settings
+from data_utils.dataset import LongTextDataset, collate, load_tokenizer
+from engine import Objective
+from linear_probe import SPREAD, STRENGTHS, fit_classifier
+from models.checkpoint import load_model_and_config
+from models.registry import build_model
+from tests.conftest import write_corpus
+from train import train
+from utils import ConfigError
+
+FLAGS = "--window_size 12 --max_windows 6 --batch_size 4 --epochs 2 --metric_for_best loss --device cpu"
+
+
+@pytest.fixture
+def argv(tmp_path, monkeypatch, encoder_folder, blank_curves):
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path / "train.jsonl", 22)
+    write_corpus(tmp_path / "val.jsonl", 10, seed=1)
+    paths = f"--train_path train.jsonl --val_path val.jsonl --model_path {encoder_folder} --cache_dir cache"
+    return f"{FLAGS} {paths}".split()
+
+
+def started(argv: list[str], name: str, *more: str):
+    """Train in the run folder `name`; what `train` gives, and the rows of its metrics."""
+    trained = train(parse_settings([*argv, f"--output_dir=logs/{name}", *more]))
+    rows = [json.loads(line) for line in (trained.run_folder / "metrics.jsonl").read_text().splitlines()]
+    return trained, rows
+
+
+@torch.no_grad()
+def read(model, path: str, labels: list[str], encoder: str):
+    """Document states, logits and labels of a set, read whole."""
+    documents = LongTextDataset(
+        path, tokenizer=load_tokenizer(encoder), window_size=12, max_windows=6, label_names=labels
+    )
+    batch = collate([documents[i] for i in range(len(documents))])
+    output = model.eval()(batch["input_ids"], batch["attention_mask"])
+    return output.hidden_states.document_state.numpy(), output.logits, batch["labels"].numpy()
+
+
+def test_the_start_is_a_logistic_regression_of_the_fresh_models_states(argv, encoder_folder):
+    """Chosen among the strengths by validation; a learning rate of nothing leaves it the best model."""
+    trained, rows = started(argv, "run", "--probe_epochs=1", "--learning_rate=1e-12")
+    settings = parse_settings(argv)
+    best = load_model_and_config(trained.best_model).model
+    labels = list(best.config.id2label.values())
+    fresh = build_model(settings, labels, load_tokenizer(encoder_folder))
+    torch.testing.assert_close(fresh.encoder.state_dict(), best.encoder.state_dict(), atol=1e-6, rtol=0)
+    (states, _, truth), (held_out, _, held_out_truth) = (
+        read(best, f"{name}.jsonl", labels, encoder_folder) for name in ("train", "val")
+    )
+    mean, deviation = states.mean(0), states.std(0, ddof=1)
+    values, held_out_values = (np.tanh(SPREAD * (x - mean) / deviation) for x in (states, held_out))
+    # of two classes scikit-learn has one vector of weights where we have two of half its length
+    fits = [LogisticRegression(C=2 * c, tol=1e-8, max_iter=10_000).fit(values, truth) for c in STRENGTHS]
+    losses = [-np.log(f.predict_proba(held_out_values)[range(10), held_out_truth]).mean() for f in fits]
+    probabilities = fits[int(np.argmin(losses))].predict_proba(held_out_values)
+    logits = read(best, "val.jsonl", labels, encoder_folder)[1]
+    np.testing.assert_allclose(logits.softmax(-1).numpy(), probabilities, atol=2e-3)
+    first = next(row for row in rows if "eval_loss" in row)
+    assert first["step"] == 0
+    assert first["eval_loss"] == pytest.approx(min(losses), abs=2e-3)
+
+
+def test_the_best_model_is_never_worse_than_the_probe(argv):
+    """A learning rate that ruins the model."""
+    trained, rows = started(argv, "run", "--probe_epochs=1", "--learning_rate=0.3", "--fresh_lr_factor=1")
+    losses = {row["step"]: row["eval_loss"] for row in rows if "eval_loss" in row}
+    assert losses[0] < min(losses[6], losses[12])
+    assert trained.best_metric == losses[0]
+    assert json.loads((trained.run_folder / "status.json").read_text())["best_step"] == 0
+    assert (trained.best_model / "model.pt").is_file()
+
+
+def test_a_run_that_goes_on_does_not_probe_again(argv):
+    flags = ["--probe_epochs=2", "--read=random", "--max_windows=2", "--learning_rate=1e-3"]
+    argv = [word for word in argv if word not in ("--max_windows", "6")]
+    whole, _ = started(argv, "whole", *flags)
+    started(argv, "parts", *flags)
+    shutil.rmtree(whole.run_folder.with_name("parts") / "checkpoint-12")  # as a kill in the second epoch leaves it
+    parts, rows = started(argv, "parts", *flags)
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 6, 12]
+    ours, theirs = (load_file(run.run_folder / "checkpoint-12" / "model.safetensors") for run in (whole, parts))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.parametrize("weights", [None, [0.5, 2.0, 1.0]])
+def test_several_labels_a_document(weights):
+    generator = np.random.default_rng(0)
+    values = generator.normal(size=(60, 5))
+    labels = (values[:, :3] + generator.normal(size=(60, 3)) > 0.4).astype(np.int64)
+    objective = Objective(class_weights=None if weights is None else torch.tensor(weights))
+    ours = fit_classifier(torch.from_numpy(values).float(), torch.from_numpy(labels).float(), 3, objective, 180.0)
+    # the mean over documents and classes divides each class's loss by 3
+    for i in range(3):
+        more = None if weights is None else {0: 1.0, 1: weights[i]}
+        theirs = LogisticRegression(C=1.0, class_weight=more, tol=1e-8).fit(values, labels[:, i])
+        np.testing.assert_allclose(ours.weight[i].detach(), theirs.coef_[0], atol=1e-3)
+        np.testing.assert_allclose(ours.bias[i].detach(), theirs.intercept_[0], atol=1e-3)
+
+
+def test_a_model_from_scratch_has_nothing_to_probe(argv):
+    with pytest.raises(ConfigError, match="--probe_epochs 1 does not go with --model_type transformer"):
+        parse_settings([*argv, "--model_type=transformer", "--probe_epochs=1"])
