@@ -173,22 +173,23 @@ class ReBertaTrainer(PiecewiseTrainer):
         return self.ema.module if self.ema is not None else self.model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Four groups: with or without weight decay, and the encoder's or fresh parameters."""
+        """Four groups: with or without weight decay, and fresh or not, as a head is not that a probe has fitted."""
         model = model or self.model
+        known = ("encoder.", "pooler.", "classifier.") if self.settings.probe_epochs else ("encoder.",)
         decayed = set(self.get_decay_parameter_names(model))
         optimizer, options = self.optimizer_cls_and_kwargs
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                groups.setdefault((name.startswith("encoder."), name in decayed), []).append(parameter)
+                groups.setdefault((name.startswith(known), name in decayed), []).append(parameter)
         self.optimizer: Any = optimizer(
             [
                 {
                     "params": parameters,
-                    "lr": options["lr"] * (1.0 if pretrained else self.settings.fresh_lr_factor),
+                    "lr": options["lr"] * (1.0 if is_known else self.settings.fresh_lr_factor),
                     "weight_decay": self.settings.weight_decay if decays else 0.0,
                 }
-                for (pretrained, decays), parameters in groups.items()
+                for (is_known, decays), parameters in groups.items()
             ],
             **options,
         )
