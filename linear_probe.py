@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # C, as scikit-learn's LogisticRegression counts it
 SPREAD = 0.5  # standard deviation of what goes into the pooler's tanh, which is nearly linear there
+LEAST_DEVIATION = 0.1  # of a dimension, as a share of the mean over dimensions
 
 
 @error_handler(error_type=TrainingError)
@@ -44,7 +45,9 @@ def fit_head(trainer: ReBertaTrainer) -> None:
     states_nD, labels = (torch.cat(part) for part in zip(*parts, strict=True))
     held_out_states_nD, held_out_labels = _read(trainer, trainer.data.validation, "probe, validation")
     with torch.no_grad():
-        scale_D = SPREAD / (states_nD.std(0) + 1e-6)
+        deviation_D = states_nD.std(0)
+        # some dimensions of an encoder are all but constant; drawn out, any change of them would drown the others
+        scale_D = SPREAD / deviation_D.clamp(min=LEAST_DEVIATION * deviation_D.mean())
         model.pooler.weight.copy_(scale_D.diag())
         model.pooler.bias.copy_(-scale_D * states_nD.mean(0))
         pooled_nD, held_out_nD = (model.pooler(states).tanh() for states in (states_nD, held_out_states_nD))

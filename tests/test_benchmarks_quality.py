@@ -290,7 +290,7 @@ def test_a_real_cell_of_a_tiny_model(small, encoder_folder, tmp_path, monkeypatc
         assert found["accuracy_long"] == pytest.approx(np.mean(hits[::3]))
     assert (linear["right"], linear["learning_rate"]) == ("1111111", None)
     assert (ours["learning_rate"], ours["best_epoch"]) == (1e-3, 1)
-    assert ours["readings"] == ["", "--read first --max_windows 5"]
+    assert ours["readings"] == ["", "--max_windows 8", "--read first --max_windows 5"]
     assert ours["reading"] == ours["readings"][ours["reading_losses"].index(min(ours["reading_losses"]))]
     assert ours["reading_losses"][0] == pytest.approx(ours["validation_loss"], rel=1e-3)
     assert 0 < ours["share_read"] <= 1

@@ -8,6 +8,7 @@ import sklearn.metrics
 from scipy.special import expit, softmax
 
 from calibration import (
+    PRIOR,
     TEMPERATURES,
     calibration_error,
     claims,
@@ -109,17 +110,17 @@ def test_the_temperature_is_the_least_of_all_and_the_log_loss_never_rises(proble
     for seed in range(20):
         logits, labels = sample(2 + 3 * seed, problem_type, (0.2, 1.0, 5.0)[seed % 3], sharpness=1.0 + seed, seed=seed)
         temperature = fit_temperature(logits, labels)
-        costs = [log_losses(logits, labels, t).sum() + 1 / t + np.log(t) for t in candidates]
+        costs = [log_losses(logits, labels, t).sum() + PRIOR * (1 / t + np.log(t)) for t in candidates]
         assert temperature == pytest.approx(candidates[int(np.argmin(costs))], rel=4e-3)
         assert log_losses(logits, labels, temperature).sum() <= log_losses(logits, labels, 1.0).sum() + 1e-9
         found.append(temperature)
-    assert min(found) < 0.5
-    assert max(found) > 2
+    assert min(found) < 0.65
+    assert max(found) > 1.5
 
 
 def test_documents_that_are_all_right_do_not_drive_it_to_nothing():
     labels = np.arange(50) % 2
-    for gap, low, high in ((5, 0.993, 0.9995), (1, 0.98, 0.99), (0.01, 0.5, 0.52)):  # of the probability then
+    for gap, low, high in ((5, 0.993, 0.9995), (1, 0.88, 0.91), (0.01, 0.5, 0.52)):  # of the probability then
         logits = gap * np.eye(2, dtype=np.float32)[labels]
         temperature = fit_temperature(logits, labels)
         assert low < probabilities(logits, temperature=temperature).max(1)[0] < high, temperature

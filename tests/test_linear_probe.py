@@ -8,13 +8,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 
 from config import parse_settings
 from data_utils.dataset import LongTextDataset, collate, load_tokenizer
 from engine import Objective
-from linear_probe import SPREAD, STRENGTHS, fit_classifier
+from linear_probe import LEAST_DEVIATION, SPREAD, STRENGTHS, fit_classifier
 from models.checkpoint import load_model_and_config
 from models.registry import build_model
 from tests.conftest import write_corpus
@@ -38,6 +38,11 @@ def started(argv: list[str], name: str, *more: str):
     trained = train(parse_settings([*argv, f"--output_dir=logs/{name}", *more]))
     rows = [json.loads(line) for line in (trained.run_folder / "metrics.jsonl").read_text().splitlines()]
     return trained, rows
+
+
+def last(trained):
+    """The folder of the last checkpoint, after two epochs of six steps."""
+    return trained.run_folder / "checkpoint-12"
 
 
 @torch.no_grad()
@@ -85,6 +90,29 @@ def test_the_best_model_is_never_worse_than_the_probe(argv):
     assert (trained.best_model / "model.pt").is_file()
 
 
+def test_a_fitted_head_learns_at_the_encoders_rate(argv):
+    """Only what neither the encoder nor the probe brings is fresh."""
+    trained, _ = started(argv, "run", "--probe_epochs=1", "--learning_rate=1e-12", "--fresh_lr_factor=1e9")
+    start, end = (load_file(folder / "model.safetensors") for folder in (trained.best_model, last(trained)))
+    assert trained.best_metric is not None
+    moved = {name.split(".")[0] for name in start if (start[name] - end[name]).abs().max() > 1e-5}
+    assert moved == {"window_gate", "window_norm", "carry_cell", "carry_output", "aggregation"}
+
+
+def test_a_dimension_that_is_all_but_constant_is_not_drawn_out(argv, tmp_path, encoder_folder):
+    """As three of MiniLM's 384 are."""
+    folder = tmp_path / "encoder"
+    shutil.copytree(encoder_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    name = max(name for name in weights if name.endswith("output.LayerNorm.weight") and "attention" not in name)
+    weights[name][:2] = torch.tensor([0.0, 1e-6])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    trained, _ = started(argv, "run", "--probe_epochs=1", f"--model_path={folder}", "--learning_rate=1e-12")
+    scale = load_file(trained.best_model / "model.safetensors")["pooler.weight"].diag()
+    mean = float((SPREAD / scale[2:]).sum()) / len(scale)
+    assert scale[:2].tolist() == pytest.approx([SPREAD / (LEAST_DEVIATION * mean)] * 2, rel=1e-3)
+
+
 def test_a_run_that_goes_on_does_not_probe_again(argv):
     flags = ["--probe_epochs=2", "--read=random", "--max_windows=2", "--learning_rate=1e-3"]
     argv = [word for word in argv if word not in ("--max_windows", "6")]
@@ -93,7 +121,7 @@ def test_a_run_that_goes_on_does_not_probe_again(argv):
     shutil.rmtree(whole.run_folder.with_name("parts") / "checkpoint-12")  # as a kill in the second epoch leaves it
     parts, rows = started(argv, "parts", *flags)
     assert [row["step"] for row in rows if "eval_loss" in row] == [0, 6, 12]
-    ours, theirs = (load_file(run.run_folder / "checkpoint-12" / "model.safetensors") for run in (whole, parts))
+    ours, theirs = (load_file(last(run) / "model.safetensors") for run in (whole, parts))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
