@@ -157,7 +157,9 @@ class TrainingOptions(Options):
     )
     learning_rate: float = Field(5e-5, gt=0, description="peak learning rate")
     fresh_lr_factor: float = Field(
-        10.0, gt=0, description="learning rate of what the encoder does not bring, as a multiple of --learning_rate"
+        10.0,
+        gt=0,
+        description="learning rate of what neither the encoder nor a probe brings, as a multiple of --learning_rate",
     )
     weight_decay: float = Field(0.01, ge=0, description="weight decay, not on biases and norms")
     gradient_accumulation_steps: int = Field(1, ge=1, description="batches an optimizer step")

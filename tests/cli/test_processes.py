@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tests.cli.conftest import ROOT, TORCHRUN
 
 TWO = (
-    "--config tiny.yaml --mode train --epochs 6 --eval_every 5 --batch_size 4 --dropout 0 --optimizer_type sgd "
+    "--config tiny.yaml --mode train --epochs 6 --eval_every 5 --batch_size 4 --probe_epochs 1 --dropout 0 --optimizer_type sgd "
     "--learning_rate 0.05"
 )
 
@@ -87,7 +87,7 @@ def test_two_processes_train_as_one(project, two, command):
     rows = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (two, one)]
     assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]]
     losses = [[row[name] for row in table for name in ("loss", "eval_loss") if name in row] for table in rows]
-    assert len(losses[0]) == 18 + 4
+    assert len(losses[0]) == 18 + 5
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     assert (two / "train.log").read_text().count("step 3/18") == 1
     assert {path.name for path in (two / "checkpoint-18").glob("rng_state*")} == {"rng_state_0.pth", "rng_state_1.pth"}
