@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from tests.cli.conftest import ROOT, TORCHRUN
 
 TWO = (
-    "--config tiny.yaml --mode train --epochs 6 --eval_every 5 --batch_size 4 --probe_epochs 1 --dropout 0 --optimizer_type sgd "
-    "--learning_rate 0.05"
+    "--config tiny.yaml --mode train --epochs 6 --eval_every 5 --batch_size 4 --dropout 0 --optimizer_type sgd "
+    "--learning_rate 0.05 --probe_epochs 1"
 )
 
 
