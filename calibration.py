@@ -17,7 +17,7 @@ from sklearn.metrics import precision_recall_curve
 from torch import nn
 
 TEMPERATURES = (0.05, 20.0)
-PRIOR = 10  # how many documents the prior of a temperature weighs as much as
+PRIOR = 10  # terms of the log loss that the prior of a temperature weighs as much as
 CALIBRATION_BINS = 15
 
 
@@ -25,9 +25,9 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
     """The number T to divide these logits of validation data by, so that probabilities are right (Guo et al., 2017).
 
     It minimises the log loss, summed over the documents, or over documents and classes with several labels a document,
-    plus PRIOR (1 / T + log T). That is a Gamma prior on 1 / T with its mode at T = 1, so that the log loss of these
-    documents never rises, and steep near 0, to where a few documents that are all right would drive T. Against
-    overconfidence it does little harm. The sum is convex in 1 / T.
+    plus PRIOR (1 / T + log T). That is a Gamma(PRIOR + 1, PRIOR) prior on 1 / T: least at T = 1, so that the log loss
+    of these documents never rises, and steep near 0, to where a few documents that are all right would drive T. The sum
+    is convex in 1 / T.
 
     Args:
         logits: [n, C], finite.

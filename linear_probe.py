@@ -29,15 +29,16 @@ LEAST_DEVIATION = 0.1  # of a dimension, as a share of the mean over dimensions
 def fit_head(trainer: ReBertaTrainer) -> None:
     """Make the pooler a standardisation of the document states, the classifier a logistic regression of what it gives.
 
-    The training set is read `--probe_epochs` times as training reads it, but without gradients and dropout; with
-    `--read random` each epoch draws other windows. The strength of regularisation is the one of lowest validation loss.
-    The states are held in memory, 4 D bytes for a document and epoch. Every process does the same.
+    The training set is read `--probe_epochs` times as training reads it, but without gradients and dropout; once, where
+    neither `--read random` nor masking makes its epochs differ. The strength of regularisation is the one of lowest
+    validation loss. The states are held in memory, 4 D bytes for a document and epoch. Every process does the same.
 
     Raises:
         TrainingError: no document of the training or validation set can be read.
     """
     model: Any = trainer.model
-    train, epochs = trainer.data.train, trainer.settings.probe_epochs
+    train, settings = trainer.data.train, trainer.settings
+    epochs = settings.probe_epochs if settings.read == "random" or settings.use_augmentation else 1
     parts = []
     for epoch in range(epochs):
         train.set_epoch(epoch)
