@@ -28,7 +28,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
-from typing import Literal, ParamSpec, TypeVar, overload
+from typing import Literal, ParamSpec, TextIO, TypeVar, overload
 
 import torch
 import transformers
@@ -243,7 +243,7 @@ def setup_logging(level: str = "INFO", log_file: str | Path | None = None) -> lo
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stderr)]
+    handlers: list[logging.Handler] = [_Console(sys.stderr)]
     who = "" if is_main_process() else f"process {os.environ['RANK']}: "
     if log_file is not None and is_main_process():
         Path(log_file).parent.mkdir(parents=True, exist_ok=True)
@@ -256,14 +256,28 @@ def setup_logging(level: str = "INFO", log_file: str | Path | None = None) -> lo
     return logger
 
 
+class _Console(logging.StreamHandler[TextIO]):
+    def handleError(self, record: logging.LogRecord) -> None:
+        _raise_lost_worker()
+        super().handleError(record)
+
+
 class _LogFile(logging.FileHandler):
     """A log that is given up, with one warning, when it cannot be written; else each line would print a traceback."""
 
     def handleError(self, record: logging.LogRecord) -> None:
+        _raise_lost_worker()
         logger.removeHandler(self)
         with contextlib.suppress(OSError):
             self.close()
         logger.warning("%s: goes no further (%s)", self.baseFilename, sys.exc_info()[1])
+
+
+def _raise_lost_worker() -> None:
+    """torch tells of a data worker's end by a signal, whose handler raises wherever the program happens to be; while a
+    line is logged, logging would drop that error."""
+    if (error := sys.exc_info()[1]) is not None and _WORKER_LOST.search(str(error)):
+        raise error
 
 
 def quiet_libraries(level: str) -> None:

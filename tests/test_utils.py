@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,6 +122,19 @@ def test_setup_logging_writes_to_the_file_at_its_level(tmp_path):
     log.warning("loud")
     setup_logging()
     assert [line.split(" ", 2)[2] for line in (tmp_path / "a" / "run.log").read_text().splitlines()] == ["WARNING loud"]
+
+
+@pytest.mark.parametrize("handler", [0, 1])
+def test_a_data_worker_that_ends_while_a_line_is_logged(tmp_path, monkeypatch, handler):
+    """torch's handler of SIGCHLD raises wherever the program is."""
+
+    def write(text):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    log = setup_logging(log_file=tmp_path / "run.log")
+    monkeypatch.setattr(log.handlers[handler], "stream", SimpleNamespace(write=write, flush=int, close=int))
+    with pytest.raises(RuntimeError, match="is killed by signal: Killed"):
+        log.info("a line")
 
 
 def test_device(monkeypatch):
