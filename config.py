@@ -119,6 +119,11 @@ class ModelOptions(Options):
         "room from its head and the rest from its tail; or windows drawn at random (evenly spread outside of training)",
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout of the encoder's hidden states and of the head")
+    pooling: Literal["cls", "mean"] = Field(
+        "cls",
+        description="what stands for a window: the encoder's output at its [CLS], or the mean over its tokens, which "
+        "many sentence encoders were trained for",
+    )
     carry: Literal["gru", "gated", "residual", "none"] = Field(
         "gru",
         description="what a window hears of those before it: a recurrent memory that also counts for the document, "

@@ -16,6 +16,7 @@ except ImportError:
     ConfigError = ValueError  # type: ignore[misc, assignment]
 
 
+POOLINGS = ("cls", "mean")
 CARRIES = ("gru", "gated", "residual", "none")
 
 
@@ -35,6 +36,7 @@ class ReBertaConfig(PreTrainedConfig):
     max_len: int | None = None
     read: str = "first"
     num_repeats: int = 1
+    pooling: str = "cls"
     carry: str = "gru"
     alpha: float = 0.8
     global_alpha: float | None = None
@@ -76,6 +78,7 @@ class ReBertaConfig(PreTrainedConfig):
             )
         for name, choices in (
             ("read", ("first", "head_tail", "random")),
+            ("pooling", POOLINGS),
             ("carry", CARRIES),
             ("aggregation", AGGREGATIONS),
             ("position_encoding", ("absolute", "rope")),

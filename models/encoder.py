@@ -3,8 +3,9 @@
 - `load_encoder`: an encoder by name, folder or config, without its pooler
 - `max_window_size`: how many tokens a window may hold, read off the encoder's position table
 - `token_lookup`: word embeddings, whose gradients are gathered in one table
-- `cls_output`: [CLS] of a batch of embedded windows; the last layer computes the [CLS] row only, since nothing else of
-  it is read; no attention mask where nothing is padded; layer-wise recomputation where asked
+- `pooled_output`: a vector for each of a batch of embedded windows: [CLS], where the last layer computes that row only,
+  since nothing else of it is read, or the mean of its tokens; no attention mask where nothing is padded; layer-wise
+  recomputation where asked
 - `use_rotary_positions`: rotary positions
 - attention by device and type, registered with transformers; dropout that draws four numbers at a time on a CPU;
   linear layers by oneDNN there
@@ -131,24 +132,41 @@ class _Lookup(torch.autograd.Function):
         return None, None, None
 
 
-def cls_output(
-    encoder: PreTrainedModel, embeds_BWD: Tensor, mask_BW: Tensor | None, *, recompute_layers: bool = False
+def pooled_output(
+    encoder: PreTrainedModel,
+    embeds_BWD: Tensor,
+    mask_BW: Tensor | None,
+    pooling: str,
+    *,
+    recompute_layers: bool = False,
 ) -> Tensor:
-    """The encoder's last hidden state at position 0, [B, D], for embedded tokens [B, W, D].
+    """The encoder's last hidden states as one, [B, D], for embedded tokens [B, W, D].
 
-    `mask_BW` is None where nothing is padded. With `recompute_layers`, a layer's activations are computed again in the
-    backward pass instead of being kept. Encoders that are not BERT-shaped are called whole.
+    `pooling` is `cls`, position 0, or `mean`, of all tokens with [CLS] and [SEP] (Reimers and Gurevych 2019). `mask_BW`
+    is None where nothing is padded. With `recompute_layers`, a layer's activations are computed again in the backward
+    pass instead of being kept. Encoders that are not BERT-shaped are called whole.
     """
     if not _is_bert_shaped(encoder):
-        return encoder(inputs_embeds=embeds_BWD, attention_mask=mask_BW).last_hidden_state[:, 0]
+        hidden_BWD = encoder(inputs_embeds=embeds_BWD, attention_mask=mask_BW).last_hidden_state
+        return hidden_BWD[:, 0] if pooling == "cls" else _token_mean(hidden_BWD, mask_BW)
     batch = len(embeds_BWD)
     hidden_TD = encoder.embeddings(inputs_embeds=embeds_BWD).flatten(0, 1)
     mask = create_bidirectional_mask(encoder.config, embeds_BWD, mask_BW) if mask_BW is not None else None
     *layers, last = encoder.encoder.layer
-    for layer in layers:
+    for layer in layers if pooling == "cls" else [*layers, last]:
         arguments = layer, hidden_TD, batch, mask
         hidden_TD = recomputed(_read_layer, *arguments) if recompute_layers else _read_layer(*arguments)
-    return _read_layer(last, hidden_TD, batch, mask, cls_only=True)
+    if pooling == "cls":
+        return _read_layer(last, hidden_TD, batch, mask, cls_only=True)
+    return _token_mean(hidden_TD.unflatten(0, (batch, -1)), mask_BW)
+
+
+def _token_mean(hidden_BWD: Tensor, mask_BW: Tensor | None) -> Tensor:
+    """In fp32."""
+    if mask_BW is None:
+        return hidden_BWD.mean(1, dtype=torch.float32)
+    weights_BW1 = mask_BW.unsqueeze(-1).float()
+    return (hidden_BWD * weights_BW1).sum(1) / weights_BW1.sum(1)
 
 
 def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:

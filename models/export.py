@@ -1,7 +1,7 @@
 """A trained model as a folder of ONNX graphs that is served without torch: `python main.py --mode export`.
 
-- `encoder.onnx`: embedded tokens and their mask to the output at position 0; it reads the windows and, once more, their
-  states, so that the weights exist once
+- `encoder.onnx`: embedded tokens and their mask to the output at position 0, or its mean over tokens; it reads the
+  windows and, once more, their states, so that the weights exist once
 - `enter.onnx` and `carry.onnx`, the recurrent cell: what was read enters a [CLS]; an output becomes a state and what is
   carried on; `enter_again.onnx`, where a document is read more than once
 - `head.onnx`: the window states to the document's state and its logits
@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from config import Settings
 from models.aggregation import masked_max, masked_mean
 from models.checkpoint import load_all
-from models.encoder import cls_output, max_window_size
+from models.encoder import max_window_size
 from models.reberta import RecurrentRoBERTa
 from models.registry import READING
 from utils import ConfigError, ModelError, error_handler, logger, made_up_folder
@@ -150,7 +150,7 @@ class _Graph(nn.Module):
 
 
 def _encode(model: RecurrentRoBERTa, embeds_BLD: Tensor, mask_BL: Tensor) -> Tensor:
-    return cls_output(model.encoder, embeds_BLD, mask_BL)
+    return model._encode(embeds_BLD, mask_BL)
 
 
 def _enter(model: RecurrentRoBERTa, cls_BD: Tensor, carried_BD: Tensor) -> Tensor:

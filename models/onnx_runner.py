@@ -117,7 +117,7 @@ class OnnxReBerta:
         return self._head(np.stack(states, axis=1), *beside)
 
     def _encode(self, embeds_1LD: np.ndarray, mask_L: np.ndarray) -> np.ndarray:
-        """The encoder's output at position 0, [1, D]."""
+        """What the encoder makes of the tokens, [1, D]."""
         length, positions = len(mask_L), self.config["positions"]
         if length > positions:
             raise ValueError(f"the encoder has {positions} positions, not {length}: give fewer windows or shorter ones")

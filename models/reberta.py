@@ -36,7 +36,7 @@ from .aggregation import AttentionAggregation, EncoderAggregation, TransformerAg
 from .batch import Batch, plan_batch
 from .cell import MemoryCell
 from .configuration import ReBertaConfig
-from .encoder import Dropout, cls_output, load_encoder, recomputed, token_lookup, use_rotary_positions
+from .encoder import Dropout, load_encoder, pooled_output, recomputed, token_lookup, use_rotary_positions
 
 try:  # absent where transformers runs a copy of this file that it found beside saved weights
     from pretrained import find_encoder
@@ -304,7 +304,7 @@ class RecurrentRoBERTa(PreTrainedModel):
             else:
                 fused_bD, gate_b = cls_bD, torch.zeros_like(cls_bD[:, 0])
             embeds_bWD = embeds_bWD.select_scatter(fused_bD.to(embeds_bWD.dtype), dim=1, index=0)
-            state_bD = cls_output(self.encoder, embeds_bWD, mask_bW, recompute_layers=recompute_layers).float()
+            state_bD = self._encode(embeds_bWD, mask_bW, recompute_layers).float()
             if carried is not None or document_BD is not None:
                 state_bD = self._blend(state_bD, fused_bD)
             finite_b = state_bD.isfinite().all(-1) & ~batch.skip[:b, i]
@@ -318,6 +318,10 @@ class RecurrentRoBERTa(PreTrainedModel):
             gates.append(gate_b.detach())
             failed.append(~finite_b)
         return states, gates, failed, memories, carried
+
+    def _encode(self, embeds_bLD: Tensor, mask_bL: Tensor | None, recompute_layers: bool = False) -> Tensor:
+        """h [b, D] of windows, or g of sequences of their states."""
+        return pooled_output(self.encoder, embeds_bLD, mask_bL, self.config.pooling, recompute_layers=recompute_layers)
 
     def _let_in(self, cls_bD: Tensor, carried_bD: Tensor, norm: nn.Module, gate: nn.Module) -> tuple[Tensor, Tensor]:
         """p = norm(s); z = sigmoid(gate([c ; p])); fused = (1 - z) c + z p. Returns fused [b, D] and mean z [b]."""
@@ -366,7 +370,7 @@ class RecurrentRoBERTa(PreTrainedModel):
                 exists_BN,
                 cls_B1D,
                 sep_B1D,
-                lambda embeds, mask: cls_output(self.encoder, embeds, mask, recompute_layers=recompute),
+                lambda embeds, mask: self._encode(embeds, mask, recompute),
             )
 
     def _with_memory(self, document_BD: Tensor, memory_BND: Tensor | None, exists_BN: Tensor) -> Tensor:

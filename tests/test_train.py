@@ -449,7 +449,7 @@ def test_tensorboard_and_what_is_not_installed(run):
         ("--num_repeats 2", {"num_repeats": 2}),
         ("--carry residual --alpha 0.6 --gate_bias -2", {"carry": "residual", "alpha": 0.6, "gate_bias": -2.0}),
         ("--carry gru --window_loss 0.5", {"carry": "gru", "window_loss": 0.5}),
-        ("--aggregation attention", {"aggregation": "attention"}),
+        ("--aggregation attention --pooling mean", {"aggregation": "attention", "pooling": "mean"}),
         ("--global_alpha 0.5", {"global_alpha": 0.5}),
         ("--position_encoding rope", {"position_encoding": "rope"}),
         ("--memory_level 1", {"memory_level": 1}),

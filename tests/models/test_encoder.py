@@ -96,6 +96,7 @@ def test_a_loaded_encoder_has_our_dropout_and_the_weights_names_of_transformers(
     [
         {},
         {"position_encoding": "rope"},
+        {"pooling": "mean"},
         {"carry": "gated", "num_repeats": 2},
         {"carry": "residual", "num_repeats": 2},
     ],

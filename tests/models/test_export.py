@@ -50,29 +50,28 @@ def torch_logits(model: RecurrentRoBERTa, ids: torch.Tensor, mask: torch.Tensor)
 
 
 @pytest.mark.parametrize(
-    ("encoder", "carry", "aggregation", "num_repeats", "position_encoding"),
+    ("encoder", "num_repeats", "options"),
     [
-        ("roberta", "gated", "encoder", 2, "absolute"),
-        ("roberta", "gru", "encoder", 2, "absolute"),
-        ("bert", "gru", "mean", 1, "absolute"),
-        ("bert", "residual", "encoder", 2, "rope"),
-        ("distilbert", "residual", "mean", 1, "absolute"),
-        ("roberta", "gated", "max", 1, "rope"),
-        ("bert", "none", "transformer", 1, "absolute"),
-        ("roberta", "none", "encoder", 1, "absolute"),
+        ("roberta", 2, {"carry": "gated"}),
+        ("roberta", 2, {"carry": "gru", "pooling": "mean"}),
+        ("bert", 1, {"carry": "gru", "aggregation": "mean"}),
+        ("bert", 2, {"carry": "residual", "position_encoding": "rope"}),
+        ("distilbert", 1, {"carry": "residual", "aggregation": "mean"}),
+        ("roberta", 1, {"carry": "gated", "aggregation": "max", "position_encoding": "rope"}),
+        ("bert", 1, {"carry": "none", "aggregation": "transformer"}),
+        ("roberta", 1, {"carry": "none"}),
     ],
 )
-def test_logits_are_the_models(tmp_path, encoder, carry, aggregation, num_repeats, position_encoding):
+def test_logits_are_the_models(tmp_path, encoder, num_repeats, options):
     """Each pair of carry and repeats; documents of one window, of several, of a short last one."""
     if encoder == "distilbert":
         config = DistilBertConfig(vocab_size=VOCABULARY, dim=WIDTH, n_layers=2, n_heads=4, hidden_dim=64)
     else:
         config = tiny_encoder(encoder)
-    options = {"carry": carry, "aggregation": aggregation, "position_encoding": position_encoding}
     model = build(config, num_repeats=num_repeats, **options)
     runner = exported(model, tmp_path / "onnx")
     again = {"enter_again.onnx"} if num_repeats > 1 else set()
-    absent = {"enter.onnx"} if carry == "none" else set()
+    absent = {"enter.onnx"} if options["carry"] == "none" else set()
     assert {path.name for path in (tmp_path / "onnx").iterdir()} == FILES - absent | again
     ids, mask = documents([[12, 12, 12, 7], [8], [12, 12], [3], [12, 12, 12, 12, 12, 12, 12, 12]])
     mask[2, 0] = 0  # a window that does not exist may stand before one that does

@@ -27,12 +27,29 @@ def test_equals_the_slow_twin(encoder_config, carry, aggregation, num_repeats):
     assert logits.std() > 0.05
 
 
+@pytest.mark.parametrize("carry", ["gru", "residual", "none"])
+@pytest.mark.parametrize("kind", ["roberta", "bert", "distilbert"])
+def test_the_mean_of_tokens_equals_the_slow_twins(kind, carry):
+    """Logits and gradients; windows of a batch end at different tokens. DistilBERT is called whole."""
+    if kind == "distilbert":
+        config = DistilBertConfig(vocab_size=VOCABULARY, dim=WIDTH, n_layers=2, n_heads=4, hidden_dim=64)
+    else:
+        config = tiny_encoder(kind)
+    model = build(config, pooling="mean", carry=carry)
+    batch = dict(zip(("input_ids", "attention_mask"), documents(LENGTHS), strict=True))
+    torch.testing.assert_close(model(**batch).logits, twin_logits(model, **batch), atol=1e-5, rtol=0)
+    _assert_same_gradients(model, batch)
+
+
 @pytest.mark.parametrize("carry", ["gru", "gated", "residual"])
 def test_gradients_equal_the_slow_twins(encoder_config, carry):
     model = build(encoder_config, carry=carry, num_repeats=2)
-    input_ids, mask = documents(LENGTHS)
-    ours = _gradients(model, lambda: model(input_ids=input_ids, attention_mask=mask).logits)
-    theirs = _gradients(model, lambda: twin_logits(model, input_ids, mask))
+    _assert_same_gradients(model, dict(zip(("input_ids", "attention_mask"), documents(LENGTHS), strict=True)))
+
+
+def _assert_same_gradients(model, batch) -> None:
+    ours = _gradients(model, lambda: model(**batch).logits)
+    theirs = _gradients(model, lambda: twin_logits(model, **batch))
     assert ours.keys() == theirs.keys()
     largest = max(1.0, *(float(gradient.abs().max()) for gradient in theirs.values()))
     for name in ours:

@@ -37,7 +37,7 @@ def _states(
     memory = document if model.config.carry in ("gated", "gru") else None
     for i, window in enumerate(windows):
         if model.config.carry == "none":
-            states.append(model.encoder(input_ids=window[None]).last_hidden_state[0, 0])
+            states.append(_pooled(model, model.encoder(input_ids=window[None])))
             continue
         embeds = model.encoder.get_input_embeddings()(window)
         cls = embeds[0]
@@ -48,7 +48,7 @@ def _states(
             z = torch.sigmoid(gate(torch.cat([cls, injected])))
             cls = (1 - z) * cls + z * injected
             embeds = torch.cat([cls[None], embeds[1:]])
-        state = model.encoder(inputs_embeds=embeds[None]).last_hidden_state[0, 0]
+        state = _pooled(model, model.encoder(inputs_embeds=embeds[None]))
         if entering is not None and model.config.carry == "residual":
             state = model.config.alpha * state + (1 - model.config.alpha) * cls
         if model.config.carry == "gated" and memory is not None:
@@ -61,6 +61,11 @@ def _states(
         states.append(state)
         memories.append(memory)
     return states, memories
+
+
+def _pooled(model: RecurrentRoBERTa, output: Any) -> Tensor:
+    [hidden] = output.last_hidden_state
+    return hidden[0] if model.config.pooling == "cls" else hidden.mean(0)
 
 
 def _gru(cell: nn.GRUCell, state: Tensor, memory: Tensor) -> Tensor:
@@ -87,7 +92,7 @@ def _aggregate(model: RecurrentRoBERTa, windows: list[Tensor], states: list[Tens
         return _small_transformer(aggregation, stacked).mean(0)
     embed = model.encoder.get_input_embeddings()
     sequence = torch.cat([embed(windows[0][:1]), model.window_norm(stacked), embed(windows[0][-1:])])
-    g = model.encoder(inputs_embeds=sequence[None]).last_hidden_state[0, 0]
+    g = _pooled(model, model.encoder(inputs_embeds=sequence[None]))
     a = aggregation.alpha
     return a * g + (1 - a) * stacked.mean(0)
 
