@@ -119,6 +119,9 @@ class ModelOptions(Options):
         "room from its head and the rest from its tail; or windows drawn at random (evenly spread outside of training)",
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout of the encoder's hidden states and of the head")
+    encoder_layers: int | None = Field(
+        None, ge=1, description="how many of the encoder's layers are used, from below (all if absent)"
+    )
     pooling: Literal["cls", "mean"] = Field(
         "cls",
         description="what stands for a window: the encoder's output at its [CLS], or the mean over its tokens, which "

@@ -25,6 +25,7 @@ FIXED: dict[str, dict[str, Any]] = {
     "transformer": {
         **_ALONE,
         "aggregation": "mean",
+        "encoder_layers": None,
         "pooling": "mean",
         "position_encoding": "absolute",
         "window_overlap": 0,

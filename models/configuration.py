@@ -36,6 +36,7 @@ class ReBertaConfig(PreTrainedConfig):
     max_len: int | None = None
     read: str = "first"
     num_repeats: int = 1
+    encoder_layers: int | None = None
     pooling: str = "cls"
     carry: str = "gru"
     alpha: float = 0.8
@@ -65,6 +66,9 @@ class ReBertaConfig(PreTrainedConfig):
             faults.append(f"window_size is {self.window_size}; this encoder takes windows of 4 to {positions} tokens")
         if not 0 <= self.window_overlap < self.window_size - 2:
             faults.append(f"window_overlap is {self.window_overlap}; it must leave room in {self.window_size} tokens")
+        if self.encoder_layers not in (None, encoder.config.num_hidden_layers):
+            there = encoder.config.num_hidden_layers
+            faults.append(f"encoder_layers is {self.encoder_layers}; this encoder has {there} layers")
         if self.carry == "none" and self.num_repeats > 1:
             faults.append(
                 f"num_repeats is {self.num_repeats}; with carry 'none' nothing is carried into a second reading"

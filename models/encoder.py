@@ -39,9 +39,14 @@ ROTARY_BASE = 10_000.0
 
 
 def load_encoder(
-    encoder: str | Path | PreTrainedConfig, dropout: float, attention_dropout: float, pretrained: bool = True
+    encoder: str | Path | PreTrainedConfig,
+    dropout: float,
+    attention_dropout: float,
+    pretrained: bool = True,
+    layers: int | None = None,
 ) -> PreTrainedModel:
-    """Load an encoder (name or folder: with its weights; config object: with random weights), without its pooler.
+    """Load an encoder (name or folder: with its weights; config object: with random weights), without its pooler and,
+    where `layers` is given, without the layers above so many.
 
     Nothing that a stranger's folder holds is run: weights are read from safetensors only, code never.
 
@@ -53,6 +58,8 @@ def load_encoder(
         config = encoder
     else:
         config = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
+    if layers is not None:
+        config.num_hidden_layers = min(layers, config.num_hidden_layers)
     config.hidden_dropout_prob = dropout
     config.attention_probs_dropout_prob = attention_dropout
     options: dict[str, Any] = {"add_pooling_layer": False} if _has_pooler_option(config) else {}

@@ -111,7 +111,9 @@ class RecurrentRoBERTa(PreTrainedModel):
             config = ReBertaConfig(**options)
         else:
             source = config.encoder_config
-        window_encoder = load_encoder(source, config.dropout, config.attention_dropout, pretrained)
+        window_encoder = load_encoder(
+            source, config.dropout, config.attention_dropout, pretrained, config.encoder_layers
+        )
         config.encoder_config = window_encoder.config
         config.check(window_encoder)
         super().__init__(config)

@@ -14,7 +14,7 @@ from models.reberta import RecurrentRoBERTa
 from models.transformer import TransformerClassifier, TransformerConfig
 from utils import ConfigError, ModelError, error_handler, logger
 
-ARCHITECTURE = ("num_repeats", "pooling", "carry", "aggregation", "position_encoding")
+ARCHITECTURE = ("num_repeats", "encoder_layers", "pooling", "carry", "aggregation", "position_encoding")
 READING = ("window_size", "window_overlap", "max_windows", "max_len", "read")
 BEHAVIOUR = ("dropout", "alpha", "global_alpha", "gate_bias", "memory_level", "window_loss")
 

@@ -56,7 +56,7 @@ def test_defaults():
 def test_the_models_own_defaults_are_the_same():
     model, settings = ReBertaConfig(), parse_settings([])
     fields = ARCHITECTURE + READING + BEHAVIOUR
-    assert len(fields) == 16
+    assert len(fields) == 17
     assert {name: getattr(model, name) for name in fields} == {name: getattr(settings, name) for name in fields}
 
 

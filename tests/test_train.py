@@ -451,7 +451,7 @@ def test_tensorboard_and_what_is_not_installed(run):
         ("--carry gru --window_loss 0.5", {"carry": "gru", "window_loss": 0.5}),
         ("--aggregation attention --pooling mean", {"aggregation": "attention", "pooling": "mean"}),
         ("--global_alpha 0.5", {"global_alpha": 0.5}),
-        ("--position_encoding rope", {"position_encoding": "rope"}),
+        ("--position_encoding rope --encoder_layers 1", {"position_encoding": "rope", "encoder_layers": 1}),
         ("--memory_level 1", {"memory_level": 1}),
         ("--gradient_checkpointing", {"memory_level": 2}),
         ("--window_overlap 3 --max_len 25", {"window_overlap": 3, "max_len": 25}),

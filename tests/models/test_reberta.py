@@ -319,6 +319,7 @@ def test_eager_attention_gives_the_same(encoder_config):
         ({"window_size": 16, "max_windows": 63}, "takes at most 62"),
         ({"window_size": 16, "window_overlap": 14}, "window_overlap is 14"),
         ({"window_size": 16, "carry": "open"}, "carry is 'open'"),
+        ({"window_size": 16, "encoder_layers": 3}, "encoder_layers is 3; this encoder has 2 layers"),
         ({"window_size": 16, "carry": "none", "num_repeats": 2}, "num_repeats is 2; with carry 'none'"),
     ],
 )
@@ -359,5 +360,12 @@ def test_a_pretrained_encoder_by_name_keeps_its_weights(tmp_path, monkeypatch):
     scale = original.embeddings.word_embeddings.weight[CLS].std()
     torch.testing.assert_close(model.window_norm.weight, scale.expand(WIDTH))
     assert model.config.cls_token_id == CLS
+    lower = RecurrentRoBERTa(num_classes=2, encoder="roberta-base", encoder_layers=1).eval()
+    assert lower.encoder.num_parameters() < model.encoder.num_parameters()
+    input_ids, mask = documents([[12]])
+    with torch.no_grad():
+        expected = original.eval()(input_ids[0], mask[0], output_hidden_states=True).hidden_states[1][:, 0]
+        state = lower(input_ids, mask).hidden_states.window_states[0]
+    torch.testing.assert_close(state, expected, atol=1e-5, rtol=0)
     with pytest.raises(OSError, match="no-such-encoder"):
         RecurrentRoBERTa(num_classes=2, encoder="/no-such-encoder")
