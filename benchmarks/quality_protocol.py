@@ -80,8 +80,8 @@ CORPORA = {
 SMALLEST = "sotu-era"  # in tokens; variants of other models, and ablations, are only tried there
 ONE_WINDOW: Options = {"epochs": 5, "window_size": None, "max_windows": None, "read": None}
 MODELS = {
-    # at ten times the rate, its fresh memory undoes what fine-tuning gains over the probe; with gates all but closed the
-    # probe is that of its mean of windows
+    # at ten times the rate, its fresh memory undoes what fine-tuning gains over the probe; with gates all but closed
+    # that probe is the one of its mean of windows
     OURS: Model({"model_type": "reberta", "carry": "gru", "fresh_lr_factor": 1, "gate_bias": -4}, LRS),
     "mean": Model({"model_type": "mean"}, LRS),
     "tobert": Model({"model_type": "tobert"}, LRS),
