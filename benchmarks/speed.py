@@ -71,10 +71,11 @@ def _sdpa_backward_flops(gradient: Sizes, query: Sizes, key: Sizes, value: Sizes
 def flop_counter() -> FlopCounterMode:
     """Counts the FLOPs of matrix products while it is open, also of those by oneDNN and of attention on a CPU."""
     left_out = {
-        torch.ops.mkldnn._linear_pointwise: _linear_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _sdpa_backward_flops,
     }
+    if torch.backends.mkldnn.is_available():
+        left_out[torch.ops.mkldnn._linear_pointwise] = _linear_flops
     return FlopCounterMode(display=False, custom_mapping=left_out)
 
 
