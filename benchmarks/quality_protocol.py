@@ -80,9 +80,9 @@ CORPORA = {
 SMALLEST = "sotu-era"  # in tokens; variants of other models, and ablations, are only tried there
 ONE_WINDOW: Options = {"epochs": 5, "window_size": None, "max_windows": None, "read": None}
 MODELS = {
-    # at ten times the rate, its fresh memory undoes what fine-tuning gains over the probe; with gates all but closed
-    # that probe is the one of its mean of windows
-    OURS: Model({"model_type": "reberta", "carry": "gru", "fresh_lr_factor": 1, "gate_bias": -4}, LRS),
+    # with gates all but closed its probe is the one of its mean of windows; at the encoder's rate, or at ten times
+    # that, its fresh memory undoes what fine-tuning gains over the probe
+    OURS: Model({"model_type": "reberta", "carry": "gru", "fresh_lr_factor": 0.1, "gate_bias": -4}, LRS),
     "mean": Model({"model_type": "mean"}, LRS),
     "tobert": Model({"model_type": "tobert"}, LRS),
     "head": Model({"model_type": "head", **ONE_WINDOW}, LRS, reads_on=False),
@@ -104,7 +104,7 @@ ABLATED = {SMALLEST: FOLDS[:2]}
 VARIANTS: dict[str, Options] = {
     "probe_epochs 0": {"probe_epochs": None},
     "dropout 0": {"dropout": 0},
-    "fresh_lr_factor 10": {"fresh_lr_factor": 10},
+    "fresh_lr_factor 1": {"fresh_lr_factor": 1},
     "window_loss 1": {"window_loss": 1},
     "carry none": {"carry": "none"},
     "carry gated": {"carry": "gated"},
