@@ -172,8 +172,10 @@ class TrainingOptions(Options):
     weight_decay: float = Field(0.01, ge=0, description="weight decay, not on biases and norms")
     gradient_accumulation_steps: int = Field(1, ge=1, description="batches an optimizer step")
     early_stopping_patience: int | None = Field(None, ge=1, description="evaluations without gain before training ends")
-    metric_for_best: Literal["accuracy", "f1_macro", "loss"] = Field(
-        "accuracy", description="validation metric that chooses the best model"
+    metric_for_best: Literal["accuracy", "f1_macro", "loss", "log_loss"] = Field(
+        "accuracy",
+        description="the validation metric that chooses the best model; loss is that of training, of logits as they "
+        "are, log_loss that of probabilities at the temperature which is fitted to them",
     )
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="keep a moving average of the weights, which is evaluated and saved"

@@ -238,7 +238,8 @@ class ReBertaTrainer(PiecewiseTrainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Metrics of the model (its moving average where there is one) on the validation set, to which its temperature
-        and thresholds are fitted. The loss is that of the logits as they are."""
+        and thresholds are fitted: `loss`, of the logits as they are, `log_loss`, after the temperature, `accuracy` and
+        `f1_macro`."""
         model: Any = self.evaluated_model
         with self.accelerator.autocast():
             prediction = predict(model, self.get_eval_dataloader(eval_dataset), self.args.device)
@@ -259,7 +260,7 @@ class ReBertaTrainer(PiecewiseTrainer):
         )
         labels = torch.from_numpy(prediction.labels)
         loss = self.objective.losses(torch.from_numpy(prediction.logits), labels).sum() / labels.numel()
-        values = {"loss": float(loss), "accuracy": report["accuracy"], "f1_macro": report["f1_macro"]}
+        values = {"loss": float(loss), **{name: report[name] for name in ("log_loss", "accuracy", "f1_macro")}}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         self.log(dict(metrics))
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

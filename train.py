@@ -215,7 +215,7 @@ def _training_arguments(
         save_strategy=when,
         save_steps=settings.eval_every or 1,
         metric_for_best_model=settings.metric_for_best,
-        greater_is_better=settings.metric_for_best != "loss",
+        greater_is_better=settings.metric_for_best not in ("loss", "log_loss"),
         restore_callback_states_from_checkpoint=True,  # or early stopping would forget its patience
         seed=settings.seed,
         bf16=precision == "bf16",

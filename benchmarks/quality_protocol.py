@@ -70,7 +70,8 @@ SOME_WINDOWS: Options = {
 # What stands for a window, for all models alike: of [CLS] and the mean of tokens, after layers 2, 4, 5 and 6, what
 # gives a linear probe of the encoder as it is the lowest log loss on the first fold's validation set (docs/LOG.md)
 STYLE: Options = {"pooling": "mean", "encoder_layers": 4, "memory_level": 0}
-TOPIC: Options = {"pooling": "mean", "memory_level": 0, "probe_epochs": 1}  # 8 windows hold most of its documents
+# 8 windows hold most of its documents; the epoch of least loss is the probe, as what comes after is too sure of itself
+TOPIC: Options = {"pooling": "mean", "memory_level": 0, "probe_epochs": 1, "metric_for_best": "log_loss"}
 CORPORA = {
     "sotu-era": Corpus("sotu-era", FOLDS, SOME_WINDOWS),
     "brown-15": Corpus("brown-15", FOLDS, {**SOME_WINDOWS, **STYLE}),

@@ -174,13 +174,14 @@ def test_ema_weights_are_what_is_evaluated_and_saved(run):
     assert evaluated == pytest.approx(_validation_loss(trained.best_model), abs=1e-6)
 
 
-def _validation_loss(folder: Path) -> float:
+def _validation_loss(folder: Path, calibrated: bool = False) -> float:
     model = load_model_and_config(folder).model
     data = LongTextDataset("val.jsonl", model_name=folder, window_size=12, max_windows=6, cache_dir=Path("cache"))
     batch = collate([data[i] for i in range(len(data))])
     with torch.no_grad():
         logits = model(batch["input_ids"], batch["attention_mask"]).logits
-    return float(nn.functional.cross_entropy(logits, batch["labels"]))
+    temperature = model.config.calibration_temperature if calibrated else 1.0
+    return float(nn.functional.cross_entropy(logits / temperature, batch["labels"]))
 
 
 def test_ema_is_the_moving_average_of_the_weights(run):
@@ -194,13 +195,15 @@ def test_ema_is_the_moving_average_of_the_weights(run):
     assert_same({f"module.{n}": v for n, v in average.items()}, {n: saved[n] for n in saved if n != "n_averaged"}, 1e-6)
 
 
-def test_the_best_model_is_kept_whatever_comes_after(run):
-    trained = run("--epochs 6 --learning_rate 5e-3 --save_total_limit 1 --metric_for_best loss")
-    losses = {row["step"]: row["eval_loss"] for row in rows(trained) if "eval_loss" in row}
+@pytest.mark.parametrize("metric", ["loss", "log_loss"])
+def test_the_best_model_is_kept_whatever_comes_after(run, metric):
+    trained = run(f"--epochs 6 --learning_rate 5e-3 --save_total_limit 1 --metric_for_best {metric}")
+    losses = {row["step"]: row[f"eval_{metric}"] for row in rows(trained) if "eval_loss" in row}
     assert len(losses) == 6
     best = min(losses, key=losses.get)
     assert trained.best_metric == pytest.approx(losses[best])
-    assert _validation_loss(trained.best_model) == pytest.approx(losses[best], abs=1e-5)
+    loss = _validation_loss(trained.best_model, calibrated=metric == "log_loss")
+    assert loss == pytest.approx(losses[best], abs=1e-5)
     assert {path.name for path in trained.run_folder.glob("checkpoint-*")} == {f"checkpoint-{best}", "checkpoint-36"}
 
 
