@@ -17,7 +17,7 @@ from statistics import mean
 import numpy as np
 
 from benchmarks.linear import spread
-from benchmarks.quality_protocol import ABLATIONS, LEADERBOARD, LINEAR, OURS, SYNTHETIC
+from benchmarks.quality_protocol import ABLATIONS, LEADERBOARD, LINEAR, MODELS, OURS, SYNTHETIC
 from benchmarks.quality_statistics import (
     STUDY,
     chosen_rate,
@@ -268,9 +268,11 @@ def learning_rates(page: Page) -> str:
         if key[0] == ABLATIONS or key[2] == LINEAR:
             continue
         tried = search(rows)
+        is_whole = key[0] != LEADERBOARD or len(tried) >= len(MODELS[key[2]].grid)
         for row in tried:
             chosen = row["learning_rate"] == chosen_rate(rows)
             at_edge = len(tried) > 1 and row in (tried[0], tried[-1])
+            mark = "so far" if not is_whole else "yes, the last of its grid" if at_edge else "yes"
             lines.append(
                 [
                     key[1],
@@ -281,7 +283,7 @@ def learning_rates(page: Page) -> str:
                     f"{row['best_epoch']:g}",
                     way_text(row),
                     f"{row['accuracy']:.3f}",
-                    ("yes, the last of its grid" if at_edge else "yes") if chosen else "",
+                    mark if chosen else "",
                 ]
             )
     header = ["corpus", "model", "learning rate", "log loss", "accuracy", "best epoch", "read", "accuracy in the test"]

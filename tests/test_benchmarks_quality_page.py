@@ -102,7 +102,7 @@ def test_page_of_one_cell():
     assert f"- **1 of {planned} runs are there**" in text
     assert "| reberta | 1.000 (1) | 0.000 (1) |" in text  # by length
     assert "| sotu-era | 512 to 1,023 | 8,192 to 16,383 |" in text
-    assert "| sotu-era | reberta | 0.0001 | 0.500 | 0.600 | 3 | as trained | 0.500 | yes |" in text
+    assert "| sotu-era | reberta | 0.0001 | 0.500 | 0.600 | 3 | as trained | 0.500 | so far |" in text
     assert "leaderboard, sotu-era, all: `--model_path e --epochs 8 --alpha 1`" in text
     for absent in ("against each", "Ablations", "Synthetic", "brown-15 |", "best baseline"):
         assert absent not in text
@@ -117,6 +117,7 @@ def test_page_of_whole_and_partial_models():
     rows += [
         row("10", model="mean", options="--epochs 8 --model_type mean"),
         row("10", 0.9, model="mean", learning_rate=5e-5),
+        row("10", 0.8, model="mean", learning_rate=3e-5),
     ]
     rows += [row("11", model="mean", learning_rate=5e-5, fold=1)]  # of a rate that was chosen before
     text = page_of(rows)
