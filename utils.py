@@ -22,8 +22,10 @@ import logging
 import os
 import pickle
 import re
+import signal
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import datetime
@@ -154,10 +156,13 @@ def expected_error(error: Exception) -> ReBertaError | None:
     if (isinstance(error, OSError) and error.errno in _DISK_FULL) or _DISK_FULL_SAID.search(message):
         return ResourceError(f"the disk is full ({message}); free some space, what was saved before is intact")
     if lost := _WORKER_LOST.search(f"{error.__cause__} {message}"):
-        if lost[0].endswith(("Killed", "Bus error")):
+        said = lost[0]
+        if -signal.SIGKILL in _exit_codes_of_workers(error):
+            said = said.replace("exited unexpectedly", "is killed by signal: Killed")
+        if said.endswith(("Killed", "Bus error")):
             advice = "probably for want of memory: lower --num_workers or --batch_size, or see that /dev/shm is larger"
-            return ResourceError(f"{lost[0]}, {advice}")
-        return DataError(f"{lost[0]}; --num_workers 0 reads in this process, which says more")
+            return ResourceError(f"{said}, {advice}")
+        return DataError(f"{said}; --num_workers 0 reads in this process, which says more")
     if isinstance(error, SafetensorError):
         return ModelError(f"a file of weights is damaged ({message})")
     if isinstance(error, pickle.UnpicklingError):
@@ -165,6 +170,13 @@ def expected_error(error: Exception) -> ReBertaError | None:
     if message != str(error):
         return DataError(f"{type(error).__name__}: {message}")
     return None
+
+
+def _exit_codes_of_workers(error: Exception) -> list[int | None]:
+    """Of the data workers that torch found ended. It tells their signal only where a handler of SIGCHLD came before
+    whatever else asks for the exit status, as starting another process does; else they stand in its frame alone."""
+    frames = (frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__))
+    return [worker.exitcode for found in frames for worker in found.get("failed_workers", ())]
 
 
 # EFBIG is a limit of the shell's (ulimit) or of the file system; torch and numpy say no more than that a write failed

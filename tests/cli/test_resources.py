@@ -201,6 +201,23 @@ def test_a_data_worker_that_ends(trained, run, monkeypatch, mode, end):
     assert re.search(message, console), console
 
 
+def test_a_killed_data_worker_whose_signal_nobody_heard(trained, run, monkeypatch):
+    """As when something else asks for its exit status first: torch finds it gone after five seconds, and no more."""
+    item = dataset.LongTextDataset.__getitem__
+
+    def fall(self, index):
+        if torch.utils.data.get_worker_info() is not None and index == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item(self, index)
+
+    monkeypatch.setattr(dataset.LongTextDataset, "__getitem__", fall)
+    monkeypatch.setattr("torch.utils.data._utils.signal_handling._error_if_any_worker_fails", lambda: None)
+    where = "--test_path data/validation --device cpu --num_workers 2 --output_dir logs/unheard"
+    code, console = run(f"--mode evaluate --model_path {trained} {where}")
+    assert code == 6, console
+    one_message(console, "is killed by signal: Killed, probably for want of memory")
+
+
 def test_a_data_worker_that_is_killed_takes_the_others_with_it(project, start):
     """From outside, as the system does it when memory runs out."""
     process = start(project, "--config tiny.yaml --mode train --epochs 500 --num_workers 2 --output_dir logs/killed")
