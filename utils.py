@@ -157,8 +157,8 @@ def expected_error(error: Exception) -> ReBertaError | None:
         return ResourceError(f"the disk is full ({message}); free some space, what was saved before is intact")
     if lost := _WORKER_LOST.search(f"{error.__cause__} {message}"):
         said = lost[0]
-        if -signal.SIGKILL in _exit_codes_of_workers(error):
-            said = said.replace("exited unexpectedly", "is killed by signal: Killed")
+        for number in _signals_of_workers(error):
+            said = said.replace("exited unexpectedly", f"is killed by signal: {signal.strsignal(number)}")
         if said.endswith(("Killed", "Bus error")):
             advice = "probably for want of memory: lower --num_workers or --batch_size, or see that /dev/shm is larger"
             return ResourceError(f"{said}, {advice}")
@@ -172,11 +172,12 @@ def expected_error(error: Exception) -> ReBertaError | None:
     return None
 
 
-def _exit_codes_of_workers(error: Exception) -> list[int | None]:
-    """Of the data workers that torch found ended. It tells their signal only where a handler of SIGCHLD came before
-    whatever else asks for the exit status, as starting another process does; else they stand in its frame alone."""
+def _signals_of_workers(error: Exception) -> list[int]:
+    """What killed the data workers that torch found ended. It tells their signal only where its handler of SIGCHLD came
+    before whatever else asks for the exit status, as starting another process does; else they stand in its frame alone.
+    """
     frames = (frame.f_locals for frame, _ in traceback.walk_tb(error.__traceback__))
-    return [worker.exitcode for found in frames for worker in found.get("failed_workers", ())]
+    return [-worker.exitcode for found in frames for worker in found.get("failed_workers", ()) if worker.exitcode < 0]
 
 
 # EFBIG is a limit of the shell's (ulimit) or of the file system; torch and numpy say no more than that a write failed

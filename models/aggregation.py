@@ -14,7 +14,7 @@ AGGREGATIONS = ("encoder", "transformer", "attention", "mean", "max")
 
 
 def masked_mean(states_BND: Tensor, exists_BN: Tensor) -> Tensor:
-    """Mean of a document's existing windows, [B, D]."""
+    """Mean of a document's existing windows, or of a window's tokens, [B, D]."""
     weights_BN1 = exists_BN.unsqueeze(-1).to(states_BND.dtype)
     return (states_BND * weights_BN1).sum(1) / weights_BN1.sum(1)
 

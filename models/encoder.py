@@ -31,6 +31,7 @@ from transformers.masking_utils import AttentionMaskInterface, create_bidirectio
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
 from transformers.models.bert.modeling_bert import eager_attention_forward
 
+from .aggregation import masked_mean
 from .linear import Linear
 
 ATTENTION = "reberta"
@@ -170,10 +171,7 @@ def pooled_output(
 
 def _token_mean(hidden_BWD: Tensor, mask_BW: Tensor | None) -> Tensor:
     """In fp32."""
-    if mask_BW is None:
-        return hidden_BWD.mean(1, dtype=torch.float32)
-    weights_BW1 = mask_BW.unsqueeze(-1).float()
-    return (hidden_BWD * weights_BW1).sum(1) / weights_BW1.sum(1)
+    return hidden_BWD.mean(1, dtype=torch.float32) if mask_BW is None else masked_mean(hidden_BWD.float(), mask_BW)
 
 
 def recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
