@@ -37,6 +37,7 @@ from .batch import Batch, plan_batch
 from .cell import MemoryCell
 from .configuration import ReBertaConfig
 from .encoder import Dropout, load_encoder, pooled_output, recomputed, token_lookup, use_rotary_positions
+from .linear import cast_weights, using
 
 try:  # absent where transformers runs a copy of this file that it found beside saved weights
     from pretrained import find_encoder
@@ -216,10 +217,12 @@ class RecurrentRoBERTa(PreTrainedModel):
             skip_BN[rows_B].gather(1, windows_BN),
         )
 
+        weights = cast_weights(self.encoder)
         document_BD: Tensor | None = None
         window_gates, global_gates, failures = [], [], []
         for _ in range(self.config.num_repeats):
-            states_BND, gates_BN, failed_BN, entered_B, memory_BND = self._read_windows(batch, document_BD)
+            with using(weights):
+                states_BND, gates_BN, failed_BN, entered_B, memory_BND = self._read_windows(batch, document_BD)
             read_BN = exists_BN[:, : states_BND.shape[1]]
             document_BD = self._aggregate(batch, states_BND, read_BN)
             document_BD = self._with_memory(document_BD, memory_BND, read_BN)
