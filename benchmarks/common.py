@@ -49,16 +49,20 @@ def versions() -> dict[str, str]:
 class Results:
     """The rows of one benchmark. With a file, each is saved at once, and those that it holds are not measured again.
 
-    `options` are what a row's figures depend on beside its cell.
+    `options` are what a row's figures depend on beside its cell. `machines`: whether they may come from several, which
+    their sessions then name.
 
     Raises:
-        ConfigError: the file holds figures of other options, versions or another machine.
+        ConfigError: the file holds figures of other options or versions, or of another machine where that counts.
     """
 
-    def __init__(self, benchmark: str, options: dict[str, Any], path: Path | None) -> None:
+    def __init__(self, benchmark: str, options: dict[str, Any], path: Path | None, *, machines: bool = False) -> None:
         self.benchmark = benchmark
         self.path = path
-        origin = {"benchmark": benchmark, "options": options, "machine": machine(), "versions": versions()}
+        self.of_session = {"machine": machine()} if machines else {}
+        origin = {"benchmark": benchmark, "options": options, "versions": versions()}
+        if not machines:
+            origin["machine"] = machine()
         self.content: dict[str, Any] = {**origin, "sessions": [], "rows": []}
         if path is not None and path.exists():
             stored = json.loads(path.read_text(encoding="utf-8"))
@@ -82,6 +86,7 @@ class Results:
         session = {
             "command": shlex.join(["python", "-m", f"benchmarks.{self.benchmark}", *arguments]),
             "started": datetime.now().isoformat(sep=" ", timespec="minutes"),
+            **self.of_session,
             **facts,
         }
         self.content["sessions"].append(session)

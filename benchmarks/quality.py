@@ -10,6 +10,7 @@
   chose; the chosen one's run in tuning is its first row
 - a finished cell is saved at once and not run again; Ctrl-C or SIGTERM gives up those at work. A cell that fails ends
   the session once the others at work have ended
+- a table may come from several machines, since what counts in it are labels; its sessions name them
 - rows that were made with other options than the protocol now has are dropped when their study is chosen again
 - with `--output benchmarks/results/quality.json` docs/results.md is written anew whenever a session ends
 """
@@ -306,7 +307,7 @@ def main(argv: Sequence[str]) -> int:
 def fill(options: argparse.Namespace, argv: Sequence[str]) -> None:
     """Bring the results up to the protocol. Raises ReBertaError."""
     groups = protocol.studies(options.tables, options.corpora, options.models)
-    results = common.Results("quality", {"threads a cell": 1}, options.output)
+    results = common.Results("quality", {"threads a cell": 1}, options.output, machines=True)
     drop_other_options(results, list(chain.from_iterable(groups)))
     unfinished = [group for group in groups if left([group], results.rows)]
     if unfinished:

@@ -95,13 +95,14 @@ def sections(content: Content) -> list[str]:
 
 def origin(page: Page) -> str:
     content = page.content
-    machine = content["machine"]
     done = sum(min(len(rows), page.planned(key)) for key, rows in page.counted.items())
-    lines = [
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['kernels']}",
-        ", ".join(f"{name} {value}" for name, value in content["versions"].items()),
-    ]
+    lines = [", ".join(f"{name} {value}" for name, value in content["versions"].items())]
+    machine = None
     for session in content["sessions"]:
+        if session["machine"] != machine:
+            machine = session["machine"]
+            facts = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['kernels']}"
+            lines.append(f"on {facts}, {'AMX' if machine['amx'] else 'no AMX'}:")
         how = f"{session['jobs']} cells at a time, one thread each; commit {session['commit']}"
         lines.append(f"{session['started']}: `{session['command']}` ({how})")
     lines.append(

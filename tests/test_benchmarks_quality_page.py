@@ -78,11 +78,15 @@ def content_of(rows: list[dict[str, Any]], **runs: int) -> dict[str, Any]:
         for corpus in ("sotu-era", "brown-15")
         for model in ("reberta", "mean")
     }
+    session = {"command": "python -m benchmarks.quality", "started": "today", "jobs": 2, "commit": "abc"}
+    machine = {"cpu": "A CPU", "cores": 2, "memory_gb": 25, "kernels": "AVX512", "amx": False}
     return {
         "benchmark": "quality",
-        "machine": {"cpu": "A CPU", "cores": 2, "memory_gb": 25, "kernels": "AVX512"},
         "versions": {"torch": "2.13"},
-        "sessions": [{"command": "python -m benchmarks.quality", "started": "today", "jobs": 2, "commit": "abc"}],
+        "sessions": [
+            {**session, "machine": machine},
+            {**session, "started": "tomorrow", "machine": machine | {"cpu": "Another", "amx": True}},
+        ],
         "runs": planned | {"ablations / sotu-era / reberta / carry none": 1},
         "corpora": dict.fromkeys(("sotu-era", "brown-15", "order"), facts),
         "rows": rows,
@@ -96,7 +100,9 @@ def page_of(rows: list[dict[str, Any]]) -> str:
 def test_page_of_one_cell():
     text = page_of([row("10")])
     assert "| reberta | 0.500 (1 of 2) |  |" in text
-    assert "- today: `python -m benchmarks.quality` (2 cells at a time, one thread each; commit abc)" in text
+    session = "`python -m benchmarks.quality` (2 cells at a time, one thread each; commit abc)"
+    assert f"- on A CPU, 2 cores, 25 GB, AVX512, no AMX:\n- today: {session}" in text
+    assert f"- on Another, 2 cores, 25 GB, AVX512, AMX:\n- tomorrow: {session}" in text
     planned = sum(content_of([])["runs"].values())
     assert planned > 1
     assert f"- **1 of {planned} runs are there**" in text
