@@ -145,8 +145,6 @@ def pooled_output(
         return hidden_BWD[:, 0] if pooling == "cls" else _token_mean(hidden_BWD, mask_BW)
     batch = len(embeds_BWD)
     hidden_TD = encoder.embeddings(inputs_embeds=embeds_BWD).flatten(0, 1)
-    if cast_weights_in_use() is not None and not torch.is_grad_enabled():
-        hidden_TD = hidden_TD.bfloat16()  # residuals too: a tenth of the time; autocast's sums of both types are fp32
     mask = create_bidirectional_mask(encoder.config, embeds_BWD, mask_BW) if mask_BW is not None else None
     *layers, last = encoder.encoder.layer
     for layer in layers if pooling == "cls" else [*layers, last]:

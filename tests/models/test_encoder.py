@@ -110,8 +110,11 @@ def test_bf16_is_close_to_the_slow_twin_in_fp32(kind, memory_level, options):
     model.zero_grad()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(**batch).logits
+        with torch.inference_mode():
+            read_only = model(**batch).logits
     nn.functional.cross_entropy(logits.float(), torch.tensor([0, 1, 2])).backward()
     assert relative(logits, expected) < 2e-2
+    assert relative(read_only, expected) < 2e-2
     assert relative(gradients(model), wanted) < 2e-2
 
 
