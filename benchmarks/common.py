@@ -50,7 +50,7 @@ class Results:
     """The rows of one benchmark. With a file, each is saved at once, and those that it holds are not measured again.
 
     `options` are what a row's figures depend on beside its cell. `machines`: whether they may come from several, which
-    their sessions then name.
+    sessions are then to name.
 
     Raises:
         ConfigError: the file holds figures of other options or versions, or of another machine where that counts.
@@ -59,7 +59,6 @@ class Results:
     def __init__(self, benchmark: str, options: dict[str, Any], path: Path | None, *, machines: bool = False) -> None:
         self.benchmark = benchmark
         self.path = path
-        self.of_session = {"machine": machine()} if machines else {}
         origin = {"benchmark": benchmark, "options": options, "versions": versions()}
         if not machines:
             origin["machine"] = machine()
@@ -86,7 +85,6 @@ class Results:
         session = {
             "command": shlex.join(["python", "-m", f"benchmarks.{self.benchmark}", *arguments]),
             "started": datetime.now().isoformat(sep=" ", timespec="minutes"),
-            **self.of_session,
             **facts,
         }
         self.content["sessions"].append(session)

@@ -311,7 +311,7 @@ def fill(options: argparse.Namespace, argv: Sequence[str]) -> None:
     drop_other_options(results, list(chain.from_iterable(groups)))
     unfinished = [group for group in groups if left([group], results.rows)]
     if unfinished:
-        results.start_session(argv, jobs=options.jobs, commit=commit())
+        results.start_session(argv, machine=common.machine(), jobs=options.jobs, commit=commit())
         results.content["runs"] = {study.name: len(study.runs) for study in chain.from_iterable(protocol.studies())}
     folds: dict[str, set[int]] = defaultdict(set)
     for study in chain.from_iterable(unfinished):

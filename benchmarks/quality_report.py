@@ -28,7 +28,7 @@ from benchmarks.quality_statistics import (
     search,
     validation_loss,
 )
-from benchmarks.report import Content, Row, markdown_table, number
+from benchmarks.report import Content, Row, machine_line, markdown_table, number
 from evaluation_utils import LENGTH_EDGES
 
 Key = tuple[str, str, str, str]  # table, corpus, model, variant
@@ -101,8 +101,7 @@ def origin(page: Page) -> str:
     for session in content["sessions"]:
         if session["machine"] != machine:
             machine = session["machine"]
-            facts = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['kernels']}"
-            lines.append(f"on {facts}, {'AMX' if machine['amx'] else 'no AMX'}:")
+            lines.append(f"on {machine_line(machine)}:")
         how = f"{session['jobs']} cells at a time, one thread each; commit {session['commit']}"
         lines.append(f"{session['started']}: `{session['command']}` ({how})")
     lines.append(

@@ -299,15 +299,19 @@ FIGURES: dict[str, Callable[[Content], Figure]] = {
 }
 
 
+def machine_line(machine: Content, *more: str) -> str:
+    """A processor and its memory, and `more` of how it was used."""
+    amx = "AMX" if machine["amx"] else "no AMX"
+    return ", ".join(
+        [machine["cpu"], f"{machine['cores']} cores", *more, f"{machine['memory_gb']} GB", machine["kernels"], amx]
+    )
+
+
 def origin(content: Content) -> str:
     """Where and how the figures were made: machine, versions, options, and every command with its date."""
     lines = []
     if "machine" in content:
-        machine = content["machine"]
-        lines.append(
-            f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} threads, {machine['memory_gb']} GB, "
-            f"{machine['kernels']}, {'AMX' if machine['amx'] else 'no AMX'}"
-        )
+        lines.append(machine_line(content["machine"], f"{content['machine']['threads']} threads"))
     for key in ("versions", "options"):
         if key in content:
             lines.append(", ".join(f"{name} {value}" for name, value in content[key].items()))
