@@ -55,6 +55,13 @@ class Data(NamedTuple):
     """Hashes of all texts that the model will have been trained on, int64."""
 
 
+def window_shares(states_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all n windows that exist: document [n], place in it [n], and what part of the document's windows it is [n]."""
+    exists_BN = states_BND.any(-1)
+    documents, windows = exists_BN.nonzero(as_tuple=True)
+    return documents, windows, 1 / exists_BN.sum(1)[documents]
+
+
 class Objective:
     """Cross-entropy, or binary cross-entropy for several labels a document, as a sum divided by a count.
 
@@ -82,11 +89,9 @@ class Objective:
 
     def window_loss_sum(self, hidden_states: Any, labels: Tensor) -> Tensor:
         """Sum over documents of the mean loss of their windows, each of which should tell the label alone."""
-        exists_BN = hidden_states.window_states.any(-1)
-        documents, windows = exists_BN.nonzero(as_tuple=True)
+        documents, windows, shares = window_shares(hidden_states.window_states)
         losses = self.losses(hidden_states.window_logits[documents, windows], labels[documents])
-        weights = 1 / exists_BN.sum(1)[documents]
-        return (losses * weights.view(-1, *[1] * (losses.dim() - 1))).sum()
+        return (losses * shares.view(-1, *[1] * (losses.dim() - 1))).sum()
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         loss = self.losses(outputs.logits, labels).sum()

@@ -32,7 +32,7 @@ from data_utils.overlap import text_hash
 from data_utils.readers import Quarantine, checked_records
 from data_utils.records import Columns, ProblemType
 from data_utils.tokenization import Tokens, tokenize
-from data_utils.windows import Read, capacity, check_window_options, flat_windows, read_positions, word_starts_at
+from data_utils.windows import Draw, Read, capacity, check_window_options, flat_windows, read_positions, word_starts_at
 from utils import ConfigError, DataLoadError, ResourceError, logger, writing_to
 
 FORMAT = 3
@@ -92,11 +92,11 @@ class Preparation:
             return None
         return capacity(self.max_windows, self.window_size, self.window_overlap)
 
-    def positions(self, tokens: int, random: np.random.Generator | None = None) -> np.ndarray:
+    def positions(self, tokens: int, draw: Draw | None = None) -> np.ndarray:
         """Which of a document's content tokens are read (see `read_positions`)."""
         if self.max_len is not None:
             tokens = min(tokens, self.max_len)
-        return read_positions(tokens, self.room, self.read, self.window_size, random)
+        return read_positions(tokens, self.room, self.read, self.window_size, draw)
 
     def key(self) -> str:
         """A name for the cache of exactly this preparation."""

@@ -36,6 +36,7 @@ from data_utils.sampler import LongTextBatchSampler
 from data_utils.stream import DocumentPart
 from data_utils.tokenization import load_tokenizer, tokenize
 from data_utils.windows import (
+    Draw,
     Read,
     capacity,
     check_window_options,
@@ -63,7 +64,7 @@ class LongTextDataset(Dataset[dict[str, Any]]):
     or sorted, whole numbers by value.
 
     `read` says what is read of a document that is longer than `max_windows` (see `read_positions`); with `random`,
-    `draw_windows` draws it anew from (seed, epoch, document), else it is evenly spread.
+    `draw_windows` draws it anew in each epoch, from (seed, epoch, document), else it is evenly spread.
 
     Raises DataFormatError (with file and line) for bad documents and labels that `label_names` does not know,
     DataLoadError for files that cannot be read, ModelError for a tokenizer that cannot be used, ConfigError for
@@ -139,8 +140,8 @@ class LongTextDataset(Dataset[dict[str, Any]]):
         flat = self._cell("windows", row)
         positions = np.arange(self.tokens_read[index])
         if self.preparation.read == "random":
-            random = np.random.default_rng([self._seed, int(self._epoch), row, 1]) if self._draws else None
-            positions = self.preparation.positions(len(flat), random)
+            draw = Draw((self._seed, row, 1), int(self._epoch)) if self._draws else None
+            positions = self.preparation.positions(len(flat), draw)
             special = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
             flat, _ = flat_windows(flat[positions], self.tokens_read[[index]], self.preparation.window_size, *special)
         shape_NW = (int(self.window_counts[index]), self.preparation.window_size)

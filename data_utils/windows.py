@@ -11,7 +11,7 @@ N windows, W tokens a window, T content tokens, D documents.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -58,15 +58,22 @@ def capacity(windows: int, window_size: int, overlap: int = 0) -> int:
     return content + (windows - 1) * (content - overlap)
 
 
+class Draw(NamedTuple):
+    """A document's lot in an epoch: `key` is its own, and the same in all epochs."""
+
+    key: tuple[int, ...]
+    epoch: int
+
+
 def read_positions(
-    tokens: int, limit: int | None, read: Read, window_size: int, random: np.random.Generator | None = None
+    tokens: int, limit: int | None, read: Read, window_size: int, draw: Draw | None = None
 ) -> np.ndarray:
     """Which of a document's content tokens stand in its windows, all of which hold `limit` tokens: int64, ascending.
 
     `first`: the first ones. `head_tail`: from the head a quarter of the room (special tokens counted in), the rest from
     the tail: of 510 tokens 128 and 382, as in Sun et al. 2019, "How to Fine-Tune BERT for Text Classification?".
-    `random`: whole windows, which share no tokens: with `random` drawn among all of those that follow each other from a
-    drawn place on, without it in the middle of equal parts of the document.
+    `random`: whole windows, which share no tokens: with `draw` among all of those that follow each other from a drawn
+    place on, each once before any comes again in a later epoch; without it in the middle of equal parts of the text.
     """
     if limit is None or tokens <= limit:
         return np.arange(tokens)
@@ -77,12 +84,14 @@ def read_positions(
         return np.concatenate([np.arange(head), np.arange(tokens - (limit - head), tokens)])
     content = window_size - SPECIALS
     windows = limit // content
-    if random is None:
+    if draw is None:
         starts_N = (np.arange(windows) * tokens + (tokens - limit) // 2) // windows
     else:
         whole = tokens // content
-        chosen_N = np.sort(random.choice(whole, windows, replace=False))
-        starts_N = random.integers(tokens - whole * content, endpoint=True) + chosen_N * content
+        order = np.random.default_rng(draw.key).permutation(whole)
+        chosen_N = np.sort(order[(draw.epoch * windows + np.arange(windows)) % whole])
+        first = np.random.default_rng([*draw.key, draw.epoch]).integers(tokens - whole * content, endpoint=True)
+        starts_N = first + chosen_N * content
     return (starts_N[:, None] + np.arange(content)).reshape(-1)
 
 

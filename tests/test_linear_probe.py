@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 from config import parse_settings
 from data_utils.dataset import LongTextDataset, collate, load_tokenizer
 from engine import Objective
-from linear_probe import LEAST_DEVIATION, SPREAD, STRENGTHS, fit_classifier
+from linear_probe import LEAST_DEVIATION, SPREAD, STRENGTHS, States, fit_classifier
 from models.checkpoint import load_model_and_config
 from models.registry import build_model
 from tests.conftest import write_corpus
@@ -47,30 +47,44 @@ def last(trained):
 
 @torch.no_grad()
 def read(model, path: str, labels: list[str], encoder: str):
-    """Document states, logits and labels of a set, read whole."""
+    """Hidden states, logits and labels of a set, read whole."""
     documents = LongTextDataset(
         path, tokenizer=load_tokenizer(encoder), window_size=12, max_windows=6, label_names=labels
     )
     batch = collate([documents[i] for i in range(len(documents))])
     output = model.eval()(batch["input_ids"], batch["attention_mask"])
-    return output.hidden_states.document_state.numpy(), output.logits, batch["labels"].numpy()
+    return output.hidden_states, output.logits, batch["labels"].numpy()
 
 
-def test_the_start_is_a_logistic_regression_of_the_fresh_models_states(argv, encoder_folder):
+@pytest.mark.parametrize("window_loss", [0.0, 0.5])
+def test_the_start_is_a_logistic_regression_of_the_fresh_models_states(argv, encoder_folder, window_loss):
     """Chosen among the strengths by validation; a learning rate of nothing leaves it the best model."""
-    trained, rows = started(argv, "run", "--probe_epochs=1", "--learning_rate=1e-12")
+    trained, rows = started(argv, "run", "--probe_epochs=1", "--learning_rate=1e-12", f"--window_loss={window_loss}")
     settings = parse_settings(argv)
     best = load_model_and_config(trained.best_model).model
     labels = list(best.config.id2label.values())
     fresh = build_model(settings, labels, load_tokenizer(encoder_folder))
     torch.testing.assert_close(fresh.encoder.state_dict(), best.encoder.state_dict(), atol=1e-6, rtol=0)
-    (states, _, truth), (held_out, _, held_out_truth) = (
+    (hidden, _, truth), (held_out_hidden, _, held_out_truth) = (
         read(best, f"{name}.jsonl", labels, encoder_folder) for name in ("train", "val")
     )
-    mean, deviation = states.mean(0), states.std(0, ddof=1)
-    values, held_out_values = (np.tanh(SPREAD * (x - mean) / deviation) for x in (states, held_out))
+    rows_of_x, rows_of_y, weights = [], [], []
+    for document, label in enumerate(truth):
+        windows = [state for state in hidden.window_states[document] if state.any()]
+        rows_of_x += [hidden.document_state[document], *windows]
+        rows_of_y += [label] * (1 + len(windows))
+        weights += [1.0, *([window_loss / len(windows)] * len(windows))]
+    states = np.stack(rows_of_x)
+    mean = np.average(states, axis=0, weights=weights)
+    deviation = np.sqrt(np.average((states - mean) ** 2, axis=0, weights=weights))
+    values, held_out_values = (
+        np.tanh(SPREAD * (x - mean) / deviation) for x in (states, held_out_hidden.document_state.numpy())
+    )
     # of two classes scikit-learn has one vector of weights where we have two of half its length
-    fits = [LogisticRegression(C=2 * c, tol=1e-8, max_iter=10_000).fit(values, truth) for c in STRENGTHS]
+    fits = [
+        LogisticRegression(C=2 * c / (1 + window_loss), tol=1e-8, max_iter=10_000).fit(values, rows_of_y, weights)
+        for c in STRENGTHS
+    ]
     losses = [-np.log(f.predict_proba(held_out_values)[range(10), held_out_truth]).mean() for f in fits]
     probabilities = fits[int(np.argmin(losses))].predict_proba(held_out_values)
     logits = read(best, "val.jsonl", labels, encoder_folder)[1]
@@ -138,7 +152,8 @@ def test_several_labels_a_document(weights):
     values = generator.normal(size=(60, 5))
     labels = (values[:, :3] + generator.normal(size=(60, 3)) > 0.4).astype(np.int64)
     objective = Objective(class_weights=None if weights is None else torch.tensor(weights))
-    ours = fit_classifier(torch.from_numpy(values).float(), torch.from_numpy(labels).float(), 3, objective, 180.0)
+    states = States(torch.from_numpy(values).float(), torch.from_numpy(labels).float(), torch.ones(60))
+    ours = fit_classifier(states, 3, objective, 180.0)
     # the mean over documents and classes divides each class's loss by 3
     for i in range(3):
         more = None if weights is None else {0: 1.0, 1: weights[i]}

@@ -11,7 +11,7 @@ from data_utils.cache import Preparation
 from data_utils.dataset import LongTextDataset
 from data_utils.records import Columns, Record
 from data_utils.stream import DocumentPart
-from data_utils.windows import read_positions, word_starts_at
+from data_utils.windows import Draw, read_positions, word_starts_at
 from tests.data_utils.conftest import random_text, write_jsonl
 from utils import ConfigError
 
@@ -51,11 +51,10 @@ def test_windows_from_all_over_by_hand():
 
 
 def test_drawn_windows_are_whole_ascending_and_reach_every_token():
-    random = np.random.default_rng(0)
     for tokens in (21, 25, 30, 57, 60, 133):
         seen = np.zeros(tokens, dtype=int)
-        for _ in range(300):
-            positions = read_positions(tokens, 20, "random", 12, random)
+        for document in range(300):
+            positions = read_positions(tokens, 20, "random", 12, Draw((0, document), 1))
             assert len(positions) == 20
             windows = positions.reshape(2, 10)
             assert (np.diff(windows, axis=1) == 1).all()
@@ -66,6 +65,14 @@ def test_drawn_windows_are_whole_ascending_and_reach_every_token():
         assert evenly[0, 0] >= 0
         assert evenly[1, 0] - evenly[0, 0] >= 10
         assert evenly[1, -1] < tokens
+
+
+def test_each_window_is_read_once_before_any_is_read_again():
+    """Two of seven windows in an epoch: all after three and a half, each twice after seven."""
+    drawn = [read_positions(70, 20, "random", 12, Draw((0, 5), epoch)) for epoch in range(7)]
+    read = np.array([positions[::10] // 10 for positions in drawn])
+    assert sorted(read.reshape(-1)[:6]) == sorted(set(read.reshape(-1)[:6]))
+    assert np.bincount(read.reshape(-1)).tolist() == [2] * 7
 
 
 def test_a_word_without_its_start_is_a_word_of_its_own():
