@@ -67,41 +67,43 @@ SOME_WINDOWS: Options = {
     "max_windows": 8,
     "read": "random",
 }
+# Each window is to tell the label, too: many more examples than there are documents. On those corpora where it lowers
+# the log loss of a probe in validation (docs/LOG.md)
+BY_WINDOW: Options = {"window_loss": 1}
+# where there is one window, or the document's state is made in another way than a window's
+NO_WINDOW_LOSS: Options = {"window_loss": None}
 # What stands for a window, for all models alike: of [CLS] and the mean of tokens, after layers 2, 4, 5 and 6, what
 # gives a linear probe of the encoder as it is the lowest log loss on the first fold's validation set (docs/LOG.md)
 STYLE: Options = {"pooling": "mean", "encoder_layers": 4, "memory_level": 0}
 # 8 windows hold most of its documents; the epoch of least loss is the probe, as what comes after is too sure of itself
 TOPIC: Options = {"pooling": "mean", "memory_level": 0, "probe_epochs": 1, "metric_for_best": "log_loss"}
 CORPORA = {
-    "sotu-era": Corpus("sotu-era", FOLDS, SOME_WINDOWS),
-    "brown-15": Corpus("brown-15", FOLDS, {**SOME_WINDOWS, **STYLE}),
+    "sotu-era": Corpus("sotu-era", FOLDS, {**SOME_WINDOWS, **BY_WINDOW}),
+    "brown-15": Corpus("brown-15", FOLDS, {**SOME_WINDOWS, **STYLE, **BY_WINDOW}),
     "20news-long": Corpus("20news", SEEDS, {**SOME_WINDOWS, **TOPIC}, long_only=True),
 }
 
 SMALLEST = "sotu-era"  # in tokens; variants of other models, and ablations, are only tried there
-ONE_WINDOW: Options = {"epochs": 5, "window_size": None, "max_windows": None, "read": None}
-# Windows tell the label too: many more examples, for the probe as well (docs/LOG.md). Not for tobert, whose document
-# states are not made as those of its windows
-BY_WINDOW: Options = {"window_loss": 1, "memory_level": 0}
+ONE_WINDOW: Options = {"epochs": 5, "window_size": None, "max_windows": None, "read": None, **NO_WINDOW_LOSS}
 MODELS = {
     # with gates all but closed its probe is the one of its mean of windows; at the encoder's rate, or at ten times
     # that, its fresh memory undoes what fine-tuning gains over the probe
-    OURS: Model({"model_type": "reberta", **BY_WINDOW, "carry": "gru", "fresh_lr_factor": 0.1, "gate_bias": -4}, LRS),
-    "mean": Model({"model_type": "mean", **BY_WINDOW}, LRS),
-    "tobert": Model({"model_type": "tobert"}, LRS),
+    OURS: Model({"model_type": "reberta", "carry": "gru", "fresh_lr_factor": 0.1, "gate_bias": -4}, LRS),
+    "mean": Model({"model_type": "mean"}, LRS),
+    "tobert": Model({"model_type": "tobert", **NO_WINDOW_LOSS}, LRS),
     "head": Model({"model_type": "head", **ONE_WINDOW}, LRS, reads_on=False),
     LINEAR: Model({}, (None,), reads_on=False),
-    "max": Model({"model_type": "max", **BY_WINDOW}, LRS, everywhere=False),
+    "max": Model({"model_type": "max"}, LRS, everywhere=False),
     "head_tail": Model({"model_type": "head_tail", **ONE_WINDOW}, LRS, reads_on=False, everywhere=False),
     "random_windows": Model(  # as many tokens as one window of 512
-        {"model_type": "random_windows", **BY_WINDOW, "epochs": 5, "max_windows": 4, "read": None},
+        {"model_type": "random_windows", "epochs": 5, "max_windows": 4, "read": None},
         LRS,
         reads_on=False,
         everywhere=False,
     ),
-    "mean-last-2-layers": Model({"model_type": "mean", **BY_WINDOW, "freeze_except_last": 2}, LRS, everywhere=False),
+    "mean-last-2-layers": Model({"model_type": "mean", "freeze_except_last": 2}, LRS, everywhere=False),
     "transformer": Model(
-        {"model_type": "transformer", "fresh_lr_factor": 1, "epochs": 25, "probe_epochs": None},
+        {"model_type": "transformer", "fresh_lr_factor": 1, "epochs": 25, "probe_epochs": None, **NO_WINDOW_LOSS},
         LRS_FROM_SCRATCH,
         everywhere=False,
     ),
