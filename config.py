@@ -116,7 +116,8 @@ class ModelOptions(Options):
     read: Literal["first", "head_tail", "random"] = Field(
         "first",
         description="what is read of a document that is longer than its windows: its first tokens; a quarter of the "
-        "room from its head and the rest from its tail; or windows drawn at random, each once before any comes again (evenly spread outside of training)",
+        "room from its head and the rest from its tail; or windows drawn at random, each once "
+        "before any comes again (evenly spread outside of training)",
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout of the encoder's hidden states and of the head")
     encoder_layers: int | None = Field(
@@ -192,7 +193,7 @@ class TrainingOptions(Options):
     window_loss: float = Field(
         0.0,
         ge=0,
-        description="weight of a second loss, in the probe too: each window's state alone must tell the document's label",
+        description="weight of a second loss, in the probe too: each window's state alone must tell the label",
     )
     class_weights: Literal["none", "balanced"] = Field(
         "none", description="weigh classes in the loss by the inverse of their frequency"
