@@ -225,12 +225,6 @@ class ReBertaTrainer(PiecewiseTrainer):
             rank=self.args.process_index,
         )
 
-    def training_step(self, *arguments: Any) -> Tensor:
-        # Open around forward and backward, this context keeps the weights that were cast to 16 bits, so that windows
-        # which are computed again do not cast them again: 5 % of a step on one document (MiniLM in bf16 on a CPU).
-        with torch.autocast(self.args.device.type, enabled=False):
-            return super().training_step(*arguments)
-
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:

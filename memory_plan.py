@@ -280,7 +280,7 @@ def _measure(trainer: ReBertaTrainer, level: int, documents: int, windows: int, 
             parameter.grad = torch.zeros_like(parameter)
     model.config.memory_level = level
     input_ids = torch.zeros(documents, windows, trainer.settings.window_size, dtype=torch.int64, device=device)
-    with torch.autocast(device.type, enabled=False), Meter(model, room) as meter:  # as in the trainer's training_step
+    with Meter(model, room) as meter:
         with trainer.accelerator.autocast():
             logits_BC = model(input_ids, torch.ones_like(input_ids)).logits
         kept = meter.live

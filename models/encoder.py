@@ -8,7 +8,7 @@
   recomputation where asked
 - `use_rotary_positions`: rotary positions
 - attention by device and type, registered with transformers; dropout that draws four numbers at a time on a CPU;
-  linear layers by oneDNN there
+  the linear layers of `models.linear`
 
 Shapes: B documents, W tokens of a window, D hidden size, H heads, K size of a head, V tokens of the vocabulary.
 """
@@ -74,7 +74,7 @@ def load_encoder(
     for name, module in list(model.named_modules()):
         if type(module) is nn.Dropout:
             model.set_submodule(name, Dropout(module.p))
-        elif type(module) is nn.Linear and torch.backends.mkldnn.is_available():
+        elif type(module) is nn.Linear:
             module.__class__ = Linear  # which computes the same, and differs in nothing else
     return model
 
@@ -215,7 +215,8 @@ def _read_layer(layer: Any, hidden_TD: Tensor, batch: int, mask: Tensor | None, 
 
     queried = hidden_TD.unflatten(0, (batch, -1))[:, 0] if cls_only else hidden_TD
     # cast once, not for each of the three
-    tokens_TD = hidden_TD if cast_weights_in_use() is None else hidden_TD.bfloat16()
+    device = hidden_TD.device.type
+    tokens_TD = hidden_TD.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden_TD
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
     context_BWHK, _ = attend(
         attention,

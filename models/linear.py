@@ -1,7 +1,8 @@
-"""Linear layers on a CPU by oneDNN, where that is faster than what torch does.
+"""Linear layers that many windows share.
 
-- fp32: everywhere but in training on Intel's CPUs, where MKL is at least as fast
-- bf16 autocast: weights are cast, and laid out for oneDNN, once for all windows (`cast_weights`)
+- fp32 on a CPU: by oneDNN, but in training on Intel's CPUs, where MKL is at least as fast
+- autocast, on any device: weights are cast once for all windows, and their gradients added up in fp32 (`cast_weights`);
+  in bf16 on a CPU that has it, laid out for oneDNN too
 """
 
 from __future__ import annotations
@@ -28,11 +29,12 @@ def _is_intel() -> bool:
 
 
 FP32_TRAINS_BY_MKL = _is_intel()
-BF16_BY_ONEDNN = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+ONEDNN = torch.backends.mkldnn.is_available()
+BF16_BY_ONEDNN = ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Linear(nn.Linear):
-    """`nn.Linear`, whose products on a CPU may go to oneDNN, which torch must have been built with.
+    """`nn.Linear`, whose products on a CPU may go to oneDNN.
 
     torch takes MKL in fp32. MKL leaves AVX-512 unused on CPUs that are not Intel's: 190 GFLOP/s instead of 440 on two
     Zen 5 cores, 512 x 384 times 384 x 384.
@@ -62,7 +64,8 @@ class Linear(nn.Linear):
     def _takes_fp32(self, values: Tensor) -> bool:
         in_fp32 = values.dtype == self.weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
         by_mkl = FP32_TRAINS_BY_MKL and torch.is_grad_enabled()
-        return in_fp32 and not by_mkl and values.device.type == "cpu" and not torch.compiler.is_compiling()
+        on_cpu = ONEDNN and values.device.type == "cpu"
+        return in_fp32 and not by_mkl and on_cpu and not torch.compiler.is_compiling()
 
 
 class _Product(torch.autograd.Function):
@@ -102,30 +105,37 @@ def product_by_onednn(values: Tensor, weight: Tensor, bias: Tensor | None = None
 
 
 class CastWeight:
-    """What a layer multiplies by in bf16, for one forward pass and its backward pass.
+    """What a layer multiplies by under autocast, for one forward pass and its backward pass.
 
     Autocast's own copy of a weight is made again for every call in inference mode; it is never laid out for the product
-    (870 to 1,430 GFLOP/s on two cores with AMX, 512 x 384 times 384 x 384); and its gradients are added up in bf16.
+    (870 to 1,430 GFLOP/s on two cores with AMX, 512 x 384 times 384 x 384); and its gradients are added up in 16 bits,
+    where 256 + 1 is 256 in bf16.
     """
 
-    def __init__(self, layer: Linear) -> None:
-        self.weight, self.gradients = gathered(layer.weight, torch.bfloat16)
-        self.bias = None if layer.bias is None else layer.bias.detach().to(torch.bfloat16)
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach())
+    def __init__(self, layer: Linear, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.weight, self.gradients = gathered(layer.weight, dtype)
+        self.bias = None if layer.bias is None else layer.bias.detach().to(dtype)
+        by_onednn = BF16_BY_ONEDNN and dtype == torch.bfloat16 and self.weight.device.type == "cpu"
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.detach()) if by_onednn else None
 
     def __call__(self, values: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + b in bf16; `bias` is the layer's own, for its gradient."""
+        """x W^T + b in 16 bits; `bias` is the layer's own, for its gradient."""
         if torch.is_grad_enabled():
-            return _CastProduct.apply(values.bfloat16(), self.weight, bias, self)
+            return _CastProduct.apply(values.to(self.dtype), self.weight, bias, self)
         return self.product(values)
 
     def product(self, values: Tensor, then: str = "none") -> Tensor:
-        """then(x W^T + b) in bf16, without a gradient."""
-        return product_by_onednn(values.bfloat16(), self.packed, self.bias, then)
+        """then(x W^T + b) in 16 bits, without a gradient; `then` is none or gelu."""
+        values = values.to(self.dtype)
+        if self.packed is not None:
+            return product_by_onednn(values, self.packed, self.bias, then)
+        product = nn.functional.linear(values, self.weight.detach(), self.bias)
+        return nn.functional.gelu(product) if then == "gelu" else product
 
 
 class _CastProduct(torch.autograd.Function):
-    """x W^T + b and its gradients; those of the weight and of the bias are added up in fp32."""
+    """x W^T + b and its gradients in 16 bits; those of the weight and of the bias are added up in fp32."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, weight: Tensor, bias: Tensor | None, cast: CastWeight) -> Tensor:
@@ -148,7 +158,7 @@ class _CastProduct(torch.autograd.Function):
         return (
             gradient @ ctx.cast.weight.detach() if of_values else None,
             None,
-            rows.sum(0).float() if of_bias else None,
+            rows.sum(0, dtype=torch.float32) if of_bias else None,
             None,
         )
 
@@ -158,11 +168,12 @@ _cast_weights: ContextVar[CastWeights | None] = ContextVar("_cast_weights", defa
 
 
 def cast_weights(module: nn.Module) -> CastWeights | None:
-    """What its layers multiply by under the autocast that is on, for one forward pass; None where torch's own does."""
-    in_bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    if not in_bf16 or not BF16_BY_ONEDNN or torch.compiler.is_compiling():
+    """What its layers multiply by under the autocast that is on, for one forward pass; None without autocast."""
+    device = next(module.parameters()).device.type
+    if not torch.is_autocast_enabled(device) or torch.compiler.is_compiling():
         return None
-    return {layer: CastWeight(layer) for layer in module.modules() if type(layer) is Linear}
+    dtype = torch.get_autocast_dtype(device)
+    return {layer: CastWeight(layer, dtype) for layer in module.modules() if type(layer) is Linear}
 
 
 def cast_weights_in_use() -> CastWeights | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
+from models import linear
 from models.reberta import RecurrentRoBERTa
 from tests.conftest import CLS, PAD, SEP, VOCABULARY
 
@@ -31,3 +33,9 @@ def build(encoder, **options) -> RecurrentRoBERTa:
             if not name.startswith("encoder."):
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return model.eval()
+
+
+@pytest.fixture(params=["torch", *(["onednn"] if linear.BF16_BY_ONEDNN else [])])
+def whose_bf16(request, monkeypatch):
+    """Both ways to multiply in bf16; torch's is that of GPUs, and of CPUs that have no bf16."""
+    monkeypatch.setattr(linear, "BF16_BY_ONEDNN", request.param == "onednn")

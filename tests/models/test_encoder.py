@@ -101,6 +101,7 @@ def test_a_loaded_encoder_has_our_dropout_and_the_weights_names_of_transformers(
         {"carry": "residual", "num_repeats": 2},
     ],
 )
+@pytest.mark.usefixtures("whose_bf16")
 def test_bf16_is_close_to_the_slow_twin_in_fp32(kind, memory_level, options):
     model = model_of(kind, memory_level=memory_level, **options)
     batch = batch_of([[16, 16, 9], [16, 16, 16], [5]])

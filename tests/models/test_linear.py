@@ -106,8 +106,9 @@ def test_which_products_of_an_encoder_in_fp32_are_computed_by_onednn(fp32_trains
     assert (products.by_onednn, products.by_torch) == (layers, 0)
 
 
+@pytest.mark.usefixtures("whose_bf16")
 class TestCastWeights:
-    """In bf16 weights are cast once for all uses; by autocast, for each, where oneDNN has no bf16 for the CPU."""
+    """Under autocast weights are cast once for all uses."""
 
     def layers(self, **options) -> tuple[Linear, nn.Linear]:
         """With weights that bf16 holds exactly, so that only the sums differ."""
@@ -148,8 +149,7 @@ class TestCastWeights:
         with torch.autocast("cpu", torch.bfloat16):
             sum(plain(row).float().sum() for row in values).backward()
         assert torch.equal(plain.weight.grad, torch.full((40, 24), AUTOCAST_COUNTS_TO))
-        counted = uses if linear.BF16_BY_ONEDNN else AUTOCAST_COUNTS_TO
-        assert torch.equal(ours.weight.grad, torch.full((40, 24), float(counted)))
+        assert torch.equal(ours.weight.grad, torch.full((40, 24), float(uses)))
 
     def test_a_weight_without_gradient(self):
         ours, _ = self.layers()
@@ -169,5 +169,14 @@ class TestCastWeights:
         for first, parameter in zip(once, ours.parameters(), strict=True):
             assert torch.equal(parameter.grad, 2 * first)
 
-    def test_only_under_bf16_autocast(self):
+    def test_fp16(self):
+        ours, plain = self.layers()
+        values = torch.randn(6, 24).bfloat16().float()
+        with torch.autocast("cpu", torch.float16), using(cast_weights(ours)):
+            assert ours(values).dtype == torch.float16
+            mine = gradients(ours, values)
+        for own, expected in zip(mine, gradients(plain, values), strict=True):
+            torch.testing.assert_close(own, expected, atol=1e-2 * float(expected.abs().max()), rtol=0)
+
+    def test_only_under_autocast(self):
         assert cast_weights(pair()[0]) is None
