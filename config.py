@@ -119,6 +119,12 @@ class ModelOptions(Options):
         "room from its head and the rest from its tail; or windows drawn at random, each once "
         "before any comes again (evenly spread outside of training)",
     )
+    train_windows: int | None = Field(
+        None,
+        ge=1,
+        description="windows that training takes of what is read of a document, drawn anew in each epoch, each once "
+        "before any comes again; validation, test and prediction read all",
+    )
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout of the encoder's hidden states and of the head")
     encoder_layers: int | None = Field(
         None, ge=1, description="how many of the encoder's layers are used, from below (all if absent)"

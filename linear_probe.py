@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from calibration import fit_temperature
 from data_utils.dataset import LongTextDataset, evaluation_loader
 from engine import Objective, ReBertaTrainer, window_shares
 from utils import TrainingError, error_handler, logger
@@ -45,16 +46,16 @@ def fit_head(trainer: ReBertaTrainer) -> None:
     """Make the pooler a standardisation of the states, the classifier a logistic regression of what it gives.
 
     The regression has the objective of training. The training set is read `--probe_epochs` times as training reads it,
-    but without gradients and dropout; once, where neither `--read random` nor masking makes its epochs differ. The
-    strength of regularisation is the one of lowest validation loss. The states are held in memory, 4 D bytes for a
-    document and epoch, and for a window with `--window_loss`. Every process does the same.
+    but without gradients and dropout; once, where neither drawn windows nor masks make its epochs differ. The strength
+    of regularisation is the one of lowest validation loss at the temperature that suits it. The states are held in
+    memory, 4 D bytes for a document and epoch, and for a window with `--window_loss`. Every process does the same.
 
     Raises:
         TrainingError: no document of the training or validation set can be read.
     """
     model: Any = trainer.model
     train, settings = trainer.data.train, trainer.settings
-    epochs = settings.probe_epochs if settings.read == "random" or settings.use_augmentation else 1
+    epochs = settings.probe_epochs if train.epochs_differ else 1
     parts = []
     for epoch in range(epochs):
         train.set_epoch(epoch)
@@ -74,8 +75,10 @@ def fit_head(trainer: ReBertaTrainer) -> None:
         # a document that is read again is not one more
         classifier = fit_classifier(pooled, model.config.num_labels, trainer.objective, strength * documents / epochs)
         with torch.no_grad():
-            losses = trainer.objective.losses(classifier(held_out_pooled.values_nD), held_out_pooled.labels)
-        if (loss := float(losses.mean())) < lowest:
+            logits = classifier(held_out_pooled.values_nD)
+        temperature = fit_temperature(logits.cpu().numpy(), held_out.labels.cpu().numpy())
+        loss = float(trainer.objective.losses(logits / temperature, held_out.labels).mean())
+        if loss < lowest:
             lowest, best = loss, strength
             model.classifier.load_state_dict(classifier.state_dict())
     windows = f" and {len(states.labels) - documents} window states" if settings.window_loss else ""

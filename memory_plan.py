@@ -188,7 +188,7 @@ def _give_back_what_is_freed() -> None:
 
 def _refusal(settings: Settings, windows: int, longest: int, level: int, held: float, budget: float) -> str:
     fits = f"one of {_length(settings, longest)} would" if longest else "nor would a much shorter one"
-    advice = [f"--max_windows {longest}"] if longest else []
+    advice = [f"--train_windows {longest}"] if longest else []
     advice += ["leave --memory_level out"] if level < 2 else []
     advice += ["a smaller --window_size or a smaller encoder"]
     return (

@@ -105,6 +105,6 @@ class PiecewiseTrainer(Trainer):
         else:
             raise ResourceError(
                 f"step {step}: out of memory with one document, {self.document_name(index[0])} of {windows} windows, "
-                f"at memory level 2. Read less of it with --max_windows below {windows}, or take a smaller "
+                f"at memory level 2. Train on less of it with --train_windows below {windows}, or take a smaller "
                 "--window_size or encoder"
             )

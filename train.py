@@ -111,6 +111,7 @@ def load_data(settings: Settings, run: RunFolder) -> Data:
         settings.train_path,
         augmentation=masking(settings, tokenizer),
         draw_windows=True,
+        train_windows=settings.train_windows,
         quarantine_path=run.quarantine("train"),
         **options,
     )

@@ -195,8 +195,6 @@ def measure_linear(data: Path) -> Row:
         "f1_macro": float(f1_score(truth, fitted.predictions, average="macro", zero_division=0)),
         "validation_accuracy": fitted.validation_accuracy,
         "C": fitted.c,
-        "reading": protocol.AS_TRAINED,
-        "reading_losses": [],
         "share_read": 1.0,
         "seconds": round(seconds, 1),
         "right": "".join(str(int(hit)) for hit in right),

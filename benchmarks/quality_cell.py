@@ -2,9 +2,7 @@
 
     python -m benchmarks.quality_cell JOB.json FIGURES.json
 
-- trains by the command line's own `main`; the best model is the one of the epoch that validation chose
-- each way of reading is tried on the validation set, and the one of lowest log loss is taken to the test set; without
-  the model's temperature, which belongs to the way in which it was trained
+- trains and tests by the command line's own `main`; the best model is the one of the epoch that validation chose
 """
 
 from __future__ import annotations
@@ -48,17 +46,11 @@ def run(job: Job) -> dict[str, Any]:
     command(arguments)
     seconds = time.perf_counter() - start
     settings = parse_settings(arguments)
-    shared = [
-        f"--{name}={getattr(settings, name)}" for name in ("mixed_precision", "batch_size", "device", "cache_dir")
-    ]
-    losses = [
-        evaluate(data / "validation.jsonl", f"validation-{number}", [*shared, *reading.split()])[
-            "log_loss_uncalibrated"
-        ]
-        for number, reading in enumerate(cell["readings"])
-    ]
-    reading = cell["readings"][losses.index(min(losses))]
-    tested = evaluate(data / "test.jsonl", "test", [*shared, *reading.split(), "--save_predictions"])
+    arguments = ["--mode=evaluate", f"--model_path={BEST_MODEL}", f"--test_path={data / 'test.jsonl'}"]
+    shared = ("mixed_precision", "batch_size", "device", "cache_dir")
+    arguments += [f"--{name}={getattr(settings, name)}" for name in shared]
+    command([*arguments, "--output_dir=test", "--save_predictions"])
+    tested = json.loads(Path("test/metrics.json").read_text(encoding="utf-8"))
     said = read_predictions(Path("test/predictions.csv"))
     documents = load_split(data, "test")
     labels = sorted({document["label"] for document in load_split(data, "train")})
@@ -68,9 +60,7 @@ def run(job: Job) -> dict[str, Any]:
             name: tested[name]
             for name in ("accuracy", "f1_macro", "log_loss", "ece", "ece_uncalibrated", "temperature")
         },
-        **best_epoch(RUN),
-        "reading": reading,
-        "reading_losses": losses,
+        **best_epoch(RUN, settings.metric_for_best),
         "share_read": tested["coverage"]["share"],
         "seconds": round(seconds, 1),
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -84,21 +74,14 @@ def command(arguments: Sequence[str]) -> None:
         sys.exit(code)
 
 
-def evaluate(documents: Path, folder: str, options: Sequence[str]) -> dict[str, Any]:
-    """What metrics.json says."""
-    paths = [f"--model_path={BEST_MODEL}", f"--test_path={documents}", f"--output_dir={folder}"]
-    command(["--mode=evaluate", *paths, *options])
-    return json.loads((Path(folder) / "metrics.json").read_text(encoding="utf-8"))
-
-
-def best_epoch(run: Path) -> dict[str, float]:
-    """Where the best model comes from, and how it did in validation."""
+def best_epoch(run: Path, loss: str) -> dict[str, float]:
+    """Where the best model comes from, and how it did in validation; `loss` is what it was chosen by."""
     best = json.loads((run / "status.json").read_text(encoding="utf-8"))["best_step"]
     rows = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     row = next(row for row in rows if row["step"] == best and "eval_loss" in row)
     return {
         "best_epoch": round(row["epoch"], 2),
-        "validation_loss": row["eval_loss"],
+        "validation_loss": row[f"eval_{loss}"],
         "validation_accuracy": row["eval_accuracy"],
     }
 

@@ -18,7 +18,6 @@ from utils import ConfigError
 
 LEADERBOARD, ABLATIONS, SYNTHETIC = TABLES = ("leaderboard", "ablations", "synthetic")
 OURS, LINEAR = "reberta", "tfidf-svm"
-AS_TRAINED = ""
 
 Options = Mapping[str, Any]  # by name without dashes; None takes an option away
 
@@ -36,18 +35,17 @@ class Corpus(NamedTuple):
 
 
 class Model(NamedTuple):
-    """`reads_on`: whether it can be tested on more windows than in training; `everywhere`: or on SMALLEST alone."""
+    """`everywhere`: on each corpus, or on SMALLEST alone."""
 
     options: Options
     grid: tuple[float | None, ...]
-    reads_on: bool = True
     everywhere: bool = True
 
 
 ENCODER = "models/pretrained/minilm-l6"
 COMMON: Options = {
     "mixed_precision": "true",
-    "metric_for_best": "loss",
+    "metric_for_best": "log_loss",
     "batch_size": 4,
     "save_total_limit": 1,
     "log_steps": 50,
@@ -56,50 +54,46 @@ COMMON: Options = {
 LRS = (1e-5, 3e-5, 1e-4)
 LRS_FROM_SCRATCH = (5e-4, 1e-3, 2e-3)
 WINDOW_SIZE = 128
-ALL_WINDOWS = 80  # of WINDOW_SIZE tokens, which a test may read
+ALL_WINDOWS = 80  # of WINDOW_SIZE tokens, which validation and test read at most
 
 FOLDS = tuple((fold, 0) for fold in range(5))
 SEEDS = tuple((0, seed) for seed in range(3))
+# Each window is to tell the label, too: many more examples than there are documents. It lowers the log loss of a probe
+# on all three corpora, in cross-validation within training and validation documents of the first fold (docs/LOG.md)
 SOME_WINDOWS: Options = {
     "epochs": 2,
     "probe_epochs": 4,
     "window_size": WINDOW_SIZE,
-    "max_windows": 8,
-    "read": "random",
+    "max_windows": ALL_WINDOWS,
+    "train_windows": 8,
+    "window_loss": 1,
 }
-# Each window is to tell the label, too: many more examples than there are documents. Where it lowers the log loss of a
-# probe on the first fold's validation set (docs/LOG.md)
-BY_WINDOW: Options = {"window_loss": 1}
 # where there is one window, or the document's state is made in another way than a window's
 NO_WINDOW_LOSS: Options = {"window_loss": None}
 # What stands for a window, for all models alike: of [CLS] and the mean of tokens, after layers 2, 4, 5 and 6, what
 # gives a linear probe of the encoder as it is the lowest log loss on the first fold's validation set (docs/LOG.md)
 STYLE: Options = {"pooling": "mean", "encoder_layers": 4, "memory_level": 0}
-# 8 windows hold most of its documents; the epoch of least loss is the probe, as what comes after is too sure of itself
-TOPIC: Options = {"pooling": "mean", "memory_level": 0, "probe_epochs": 1, "metric_for_best": "log_loss"}
+TOPIC: Options = {"pooling": "mean", "memory_level": 0, "probe_epochs": 1}  # 8 windows hold most of its documents
 CORPORA = {
-    "sotu-era": Corpus("sotu-era", FOLDS, {**SOME_WINDOWS, **BY_WINDOW}),
+    "sotu-era": Corpus("sotu-era", FOLDS, {**SOME_WINDOWS, "memory_level": 0}),
     "brown-15": Corpus("brown-15", FOLDS, {**SOME_WINDOWS, **STYLE}),
     "20news-long": Corpus("20news", SEEDS, {**SOME_WINDOWS, **TOPIC}, long_only=True),
 }
 
 SMALLEST = "sotu-era"  # in tokens; variants of other models, and ablations, are only tried there
-ONE_WINDOW: Options = {"epochs": 5, "window_size": None, "max_windows": None, "read": None, **NO_WINDOW_LOSS}
+ONE_WINDOW: Options = {"epochs": 5, "window_size": None, "max_windows": None, "train_windows": None, **NO_WINDOW_LOSS}
 MODELS = {
     # with gates all but closed its probe is the one of its mean of windows; at the encoder's rate, or at ten times
     # that, its fresh memory undoes what fine-tuning gains over the probe
     OURS: Model({"model_type": "reberta", "carry": "gru", "fresh_lr_factor": 0.1, "gate_bias": -4}, LRS),
     "mean": Model({"model_type": "mean"}, LRS),
     "tobert": Model({"model_type": "tobert", **NO_WINDOW_LOSS}, LRS),
-    "head": Model({"model_type": "head", **ONE_WINDOW}, LRS, reads_on=False),
-    LINEAR: Model({}, (None,), reads_on=False),
+    "head": Model({"model_type": "head", **ONE_WINDOW}, LRS),
+    LINEAR: Model({}, (None,)),
     "max": Model({"model_type": "max"}, LRS, everywhere=False),
-    "head_tail": Model({"model_type": "head_tail", **ONE_WINDOW}, LRS, reads_on=False, everywhere=False),
+    "head_tail": Model({"model_type": "head_tail", **ONE_WINDOW}, LRS, everywhere=False),
     "random_windows": Model(  # as many tokens as one window of 512
-        {"model_type": "random_windows", "epochs": 5, "max_windows": 4, "read": None},
-        LRS,
-        reads_on=False,
-        everywhere=False,
+        {"model_type": "random_windows", "epochs": 5, "max_windows": 4, "train_windows": None}, LRS, everywhere=False
     ),
     "mean-last-2-layers": Model({"model_type": "mean", "freeze_except_last": 2}, LRS, everywhere=False),
     "transformer": Model(
@@ -132,9 +126,9 @@ VARIANTS: dict[str, Options] = {
     "gate_bias 0": {"gate_bias": 0},
     "gate_bias 2": {"gate_bias": 2},
     SHUFFLED: {},
-    "read first": {"read": "first"},
-    "read first, window_overlap 32": {"read": "first", "window_overlap": 32},
-    "window_size 256": {"window_size": 256},  # as many tokens read: see `with_windows`
+    "train_windows none": {"train_windows": None, "max_windows": 8},
+    "window_overlap 32": {"window_overlap": 32},
+    "window_size 256": {"window_size": 256},  # as many tokens: see `with_windows`
     "window_size 512": {"window_size": 512},
     "position_encoding rope": {"position_encoding": "rope"},
 }
@@ -143,6 +137,7 @@ SYNTHETIC_ENCODER = ENCODER
 SYNTHETIC_SUITE = synthetic_suite.Options()  # whose tokenizer is that encoder's
 SYNTHETIC_RUNS = ((0, 0),)
 SYNTHETIC_OPTIONS: Options = {
+    "metric_for_best": "loss",
     "epochs": 2,
     "batch_size": 8,
     "dropout": 0,
@@ -174,7 +169,6 @@ class Study(NamedTuple):
     variant: str
     encoder: str
     options: str
-    readings: tuple[str, ...]
     grid: tuple[float | None, ...]
     runs: tuple[tuple[int, int], ...]
     tuned: Study | None = None
@@ -190,7 +184,7 @@ class Study(NamedTuple):
     @property
     def how(self) -> dict[str, Any]:
         """On what its figures depend beside fold, seed and learning rate."""
-        return {"encoder": self.encoder, "options": self.options, "readings": list(self.readings)}
+        return {"encoder": self.encoder, "options": self.options}
 
     @property
     def size(self) -> int:
@@ -215,14 +209,8 @@ def flags(options: Options) -> str:
 
 def with_windows(options: Options) -> dict[str, Any]:
     """As many tokens in windows of another size than WINDOW_SIZE."""
-    windows = options["max_windows"] * WINDOW_SIZE // options["window_size"]
-    return {**options, "max_windows": windows}
-
-
-def readings(options: Options) -> tuple[str, ...]:
-    """The ways of reading that are tried on validation data: as trained, four times as many windows, and all."""
-    windows = -(-ALL_WINDOWS * WINDOW_SIZE // (options["window_size"] - options.get("window_overlap", 0)))
-    return AS_TRAINED, f"--max_windows {4 * options['max_windows']}", f"--read first --max_windows {windows}"
+    counts = {name: options[name] for name in ("max_windows", "train_windows") if options.get(name) is not None}
+    return {**options, **{name: count * WINDOW_SIZE // options["window_size"] for name, count in counts.items()}}
 
 
 def leaderboard_study(corpus: str, model: str) -> Study:
@@ -232,8 +220,7 @@ def leaderboard_study(corpus: str, model: str) -> Study:
     if model == LINEAR:
         text = ", ".join(f"{name} {value}" for name, value in LINEAR_OPTIONS.items())
         runs = tuple((fold, seed) for fold, seed in runs if seed == 0)  # it draws nothing at random
-    ways = readings(options) if made.reads_on else (AS_TRAINED,)
-    return Study(LEADERBOARD, corpus, model, "", ENCODER, text, ways, made.grid, runs)
+    return Study(LEADERBOARD, corpus, model, "", ENCODER, text, made.grid, runs)
 
 
 def ablation_reference(corpus: str) -> Study:
@@ -246,15 +233,13 @@ def ablation_study(corpus: str, variant: str) -> Study:
     reference = leaderboard_study(corpus, OURS)
     options = with_windows({**COMMON, **CORPORA[corpus].options, **MODELS[OURS].options, **VARIANTS[variant]})
     runs = ABLATED[corpus]
-    return Study(
-        ABLATIONS, corpus, OURS, variant, ENCODER, flags(options), readings(options), (), runs, tuned=reference
-    )
+    return Study(ABLATIONS, corpus, OURS, variant, ENCODER, flags(options), (), runs, tuned=reference)
 
 
 def synthetic_study(task: str, model: str, variant: str) -> Study:
     options = flags({**COMMON, **SYNTHETIC_OPTIONS, **SYNTHETIC_MODELS[model, variant]})
     runs = SYNTHETIC_RUNS
-    return Study(SYNTHETIC, task, model, variant, SYNTHETIC_ENCODER, options, (AS_TRAINED,), SYNTHETIC_LRS, runs)
+    return Study(SYNTHETIC, task, model, variant, SYNTHETIC_ENCODER, options, SYNTHETIC_LRS, runs)
 
 
 def studies(tables: Sequence[str] = (), corpora: Sequence[str] = (), models: Sequence[str] = ()) -> list[list[Study]]:

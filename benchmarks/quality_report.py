@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, pairwise
 from statistics import mean
@@ -246,19 +246,15 @@ def details(page: Page) -> str:
             cells = [page.runs(key), *(spread([row.get(name) for row in rows]) for name in scores)]
             cells += [", ".join(dict.fromkeys(map(rate_text, rows))), f"{mean(row['share_read'] for row in rows):.0%}"]
             cells += [f"{mean(row['seconds'] for row in rows) / 60:.1f}", number(rows[0].get("parameters", ""))]
-            lines.append([key[2], *cells, ", ".join(f"{way} ({n})" for way, n in Counter(map(way_text, rows)).items())])
+            lines.append([key[2], *cells])
         header = [corpus, "runs", "macro F1", "accuracy, long", "log loss", "ECE", "ECE, temperature 1"]
-        header += ["learning rate", "tokens read", "minutes to train", "trained parameters", "read in the test"]
+        header += ["learning rate", "tokens read", "minutes to train", "trained parameters"]
         parts.append(markdown_table(header, lines, left=1))
     return "\n\n".join(["## Details", *parts]) if parts else ""
 
 
 def rate_text(row: Row) -> str:
     return f"C {row['C']:g}" if row["model"] == LINEAR else f"{row['learning_rate']:g}"
-
-
-def way_text(row: Row) -> str:
-    return f"`{row['reading']}`" if row["reading"] else "as trained"
 
 
 def learning_rates(page: Page) -> str:
@@ -281,12 +277,11 @@ def learning_rates(page: Page) -> str:
                     f"{validation_loss(row):.3f}",
                     f"{row['validation_accuracy']:.3f}",
                     f"{row['best_epoch']:g}",
-                    way_text(row),
                     f"{row['accuracy']:.3f}",
                     mark if chosen else "",
                 ]
             )
-    header = ["corpus", "model", "learning rate", "log loss", "accuracy", "best epoch", "read", "accuracy in the test"]
+    header = ["corpus", "model", "learning rate", "log loss", "accuracy", "best epoch", "accuracy in the test"]
     return "\n\n".join(["## Learning rates", markdown_table([*header, "chosen"], lines, left=2)]) if lines else ""
 
 

@@ -64,7 +64,8 @@ class LongTextDataset(Dataset[dict[str, Any]]):
     or sorted, whole numbers by value.
 
     `read` says what is read of a document that is longer than `max_windows` (see `read_positions`); with `random`,
-    `draw_windows` draws it anew in each epoch, from (seed, epoch, document), else it is evenly spread.
+    `draw_windows` draws it anew in each epoch, from (seed, epoch, document), else it is evenly spread. Of what is read,
+    an item holds at most `train_windows` windows, drawn anew in each epoch; all, where that is None.
 
     Raises DataFormatError (with file and line) for bad documents and labels that `label_names` does not know,
     DataLoadError for files that cannot be read, ModelError for a tokenizer that cannot be used, ConfigError for
@@ -94,6 +95,7 @@ class LongTextDataset(Dataset[dict[str, Any]]):
         augmentation: Masking | None = None,
         read: Read = "first",
         draw_windows: bool = False,
+        train_windows: int | None = None,
     ) -> None:
         if sample_data is not None and sample_data < 1:
             raise ConfigError(f"--sample_data {sample_data}: must be at least 1")
@@ -113,6 +115,7 @@ class LongTextDataset(Dataset[dict[str, Any]]):
             read=read,
         )
         self._draws = draw_windows and read == "random"
+        self._train_windows = train_windows
         self._seed = seed
         folder = prepare(self.preparation, cache_dir)
         self._documents = datasets.Dataset.from_file(str(folder / DOCUMENTS))
@@ -127,7 +130,9 @@ class LongTextDataset(Dataset[dict[str, Any]]):
             self.labels = self.labels[self._rows]
         self.token_counts = self._column("tokens").to_numpy()[self._rows]
         self.tokens_read = self._column("tokens_read").to_numpy()[self._rows]
-        self.window_counts = window_counts(self.tokens_read, window_size, window_overlap)
+        counts = window_counts(self.tokens_read, window_size, window_overlap)
+        self._windows_read = counts
+        self.window_counts = counts if train_windows is None else np.minimum(counts, train_windows)
         self._special_ids = np.array(self.tokenizer.all_special_ids)
         self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()
         self._log_coverage()
@@ -138,23 +143,32 @@ class LongTextDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = int(self._rows[index])
         flat = self._cell("windows", row)
+        draw = Draw((self._seed, row, 1), int(self._epoch))
         positions = np.arange(self.tokens_read[index])
         if self.preparation.read == "random":
-            draw = Draw((self._seed, row, 1), int(self._epoch)) if self._draws else None
-            positions = self.preparation.positions(len(flat), draw)
+            positions = self.preparation.positions(len(flat), draw if self._draws else None)
             special = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
             flat, _ = flat_windows(flat[positions], self.tokens_read[[index]], self.preparation.window_size, *special)
-        shape_NW = (int(self.window_counts[index]), self.preparation.window_size)
+        shape_NW = (int(self._windows_read[index]), self.preparation.window_size)
         input_ids = np.full(shape_NW, self.tokenizer.pad_token_id, dtype=np.int64)
         input_ids.reshape(-1)[: len(flat)] = flat
         attention_mask = torch.zeros(shape_NW, dtype=torch.int64)
         attention_mask.view(-1)[: len(flat)] = 1
         if self.augmentation is not None:
             input_ids = self._masked(self.augmentation, input_ids, row, positions)
+        if (drawn := int(self.window_counts[index])) < len(input_ids):
+            chosen_N = draw.windows(drawn, len(input_ids))
+            input_ids, attention_mask = input_ids[chosen_N], attention_mask[chosen_N]
         item = {"input_ids": torch.from_numpy(input_ids), "attention_mask": attention_mask, "index": index}
         if self.labels is not None:
             item["labels"] = torch.as_tensor(self.labels[index], dtype=self._label_type)
         return item
+
+    @property
+    def epochs_differ(self) -> bool:
+        """Whether items depend on the epoch."""
+        drawn = self._draws or bool((self.window_counts < self._windows_read).any())
+        return drawn or self.augmentation is not None
 
     @property
     def ids(self) -> Sequence[str]:
@@ -275,11 +289,13 @@ class LongTextDataset(Dataset[dict[str, Any]]):
             "%s: %d documents, %d windows; %.1f %% of %d tokens are read; %d documents are read in part",
             ", ".join(str(file) for file in self.preparation.files[:3]),
             len(self),
-            self.window_counts.sum(),
+            self._windows_read.sum(),
             100 * coverage["share"],
             coverage["tokens_total"],
             coverage["documents_truncated"],
         )
+        if drawn := int((self.window_counts < self._windows_read).sum()):
+            logger.info("of %d documents %d windows are drawn in each epoch", drawn, self._train_windows)
 
 
 class _Cells(Sequence[str]):

@@ -64,6 +64,11 @@ class Draw(NamedTuple):
     key: tuple[int, ...]
     epoch: int
 
+    def windows(self, count: int, among: int) -> np.ndarray:
+        """Which `count` of `among` windows, ascending; each comes once before any comes again in a later epoch."""
+        order = np.random.default_rng(self.key).permutation(among)
+        return np.sort(order[(self.epoch * count + np.arange(count)) % among])
+
 
 def read_positions(
     tokens: int, limit: int | None, read: Read, window_size: int, draw: Draw | None = None
@@ -88,10 +93,8 @@ def read_positions(
         starts_N = (np.arange(windows) * tokens + (tokens - limit) // 2) // windows
     else:
         whole = tokens // content
-        order = np.random.default_rng(draw.key).permutation(whole)
-        chosen_N = np.sort(order[(draw.epoch * windows + np.arange(windows)) % whole])
         first = np.random.default_rng([*draw.key, draw.epoch]).integers(tokens - whole * content, endpoint=True)
-        starts_N = first + chosen_N * content
+        starts_N = first + draw.windows(windows, whole) * content
     return (starts_N[:, None] + np.arange(content)).reshape(-1)
 
 

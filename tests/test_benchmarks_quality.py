@@ -17,12 +17,12 @@ from config import parse_settings
 from tests.test_benchmarks_synthetic_suite import tokenizer_of
 from utils import ConfigError, TrainingError
 
-OPTIONS = {"epochs": 1, "window_size": 12, "max_windows": 2, "batch_size": 8}
+OPTIONS = {"epochs": 1, "window_size": 12, "max_windows": 4, "train_windows": 2, "batch_size": 8}
 
 
 def cell(corpus: str = "sotu-era", model: str = "reberta", **changes: Any) -> dict[str, Any]:
     named = {"table": "leaderboard", "corpus": corpus, "model": model, "variant": "", "fold": 0, "seed": 0}
-    how = {"learning_rate": 1e-4, "encoder": "e", "options": "--epochs 8 --alpha 1", "readings": [""]}
+    how = {"learning_rate": 1e-4, "encoder": "e", "options": "--epochs 8 --alpha 1"}
     return {**named, **how, **changes}
 
 
@@ -41,8 +41,8 @@ def row(right: str = "10", loss: float = 0.5, **changes: Any) -> dict[str, Any]:
         "seconds": 90.0,
         "parameters": 1234567,
     }
-    chosen = {"best_epoch": 3.0, "validation_loss": loss, "validation_accuracy": 0.6, "reading_losses": [loss]}
-    return {**cell(**changes), **scores, **chosen, "reading": ""}
+    chosen = {"best_epoch": 3.0, "validation_loss": loss, "validation_accuracy": 0.6}
+    return {**cell(**changes), **scores, **chosen}
 
 
 def test_every_study_has_options_that_the_command_line_takes():
@@ -52,22 +52,18 @@ def test_every_study_has_options_that_the_command_line_takes():
     for study in studies:
         if study.model != protocol.LINEAR:
             parse_settings(["--mode", "train", *study.options.split()])
-            for reading in study.readings:
-                settings = parse_settings(["--mode=evaluate", "--model_path=m", "--test_path=t", *reading.split()])
-                assert reading == "" or settings.read == "first"
 
 
-def test_windows_of_another_size_read_as_many_tokens():
+def test_windows_of_another_size_hold_as_many_tokens():
     sizes = {name: options["window_size"] for name, options in protocol.VARIANTS.items() if "window_size" in options}
     assert len(sizes) >= 2
     for name, size in sizes.items():
         study = protocol.ablation_study(protocol.SMALLEST, name)
         settings = parse_settings(["--mode", "train", *study.options.split()])
-        tested = parse_settings(["--mode=evaluate", "--model_path=m", "--test_path=t", *study.readings[-1].split()])
         planned = protocol.CORPORA[protocol.SMALLEST].options
         assert settings.window_size == size
         assert size * settings.max_windows == planned["window_size"] * planned["max_windows"]
-        assert size * tested.max_windows == protocol.WINDOW_SIZE * protocol.ALL_WINDOWS
+        assert size * settings.train_windows == planned["window_size"] * planned["train_windows"]
 
 
 @pytest.fixture
@@ -95,7 +91,9 @@ def fake(monkeypatch, small) -> list[dict[str, Any]]:
         asked.append(cell)
         made = row("1100" if cell["model"] == "head" else "1101", loss=1 - 1000 * (cell["learning_rate"] or 0))
         extra = {"accuracy_by_distance": {"1": 0.75, "16": 0.5}, "C": 3} if cell["table"] == "synthetic" else {"C": 3}
-        return {**made, **extra, **cell, **({"reading_losses": []} if cell["model"] == "tfidf-svm" else {})}
+        if cell["model"] == "tfidf-svm":
+            del made["validation_loss"]
+        return {**made, **extra, **cell}
 
     def prepare(workshop: quality.Workshop, corpus: str, folds: set[int]) -> dict[str, Any]:
         tokens = {str(fold): "600 700 5000 20000" for fold in folds}
@@ -290,9 +288,7 @@ def test_a_real_cell_of_a_tiny_model(small, encoder_folder, tmp_path, monkeypatc
         assert found["accuracy_long"] == pytest.approx(np.mean(hits[::3]))
     assert (linear["right"], linear["learning_rate"]) == ("1111111", None)
     assert (ours["learning_rate"], ours["best_epoch"]) == (1e-3, 1)
-    assert ours["readings"] == ["", "--max_windows 8", "--read first --max_windows 5"]
-    assert ours["reading"] == ours["readings"][ours["reading_losses"].index(min(ours["reading_losses"]))]
-    assert ours["reading_losses"][0] == pytest.approx(ours["validation_loss"], rel=1e-3)
+    assert 0 < ours["validation_loss"] < 1
     assert 0 < ours["share_read"] <= 1
     assert 10_000 < ours["parameters"] < 100_000
     assert "| reberta |" in capsys.readouterr().out

@@ -58,12 +58,12 @@ def test_documents_are_paired_over_the_folds_that_both_have_and_averaged_over_se
 def test_the_rate_is_chosen_by_validation_on_the_first_run_alone():
     rows = [
         row("11", 0.6, learning_rate=5e-5),
-        row("01", 0.5, learning_rate=2e-4, readings=["", "--read first"]) | {"reading_losses": [0.8, 0.4]},
+        row("01", 0.4, learning_rate=2e-4),
         row("11", 0.45, learning_rate=1e-4),
         row("11", 0.1, learning_rate=5e-5, fold=1),
     ]
     assert chosen_rate(rows) == 2e-4
-    rows[1]["reading_losses"] = [0.8, 0.45]
+    rows[1]["validation_loss"] = 0.45
     assert chosen_rate(rows) == 1e-4  # the smaller one among equals
 
 
@@ -108,7 +108,7 @@ def test_page_of_one_cell():
     assert f"- **1 of {planned} runs are there**" in text
     assert "| reberta | 1.000 (1) | 0.000 (1) |" in text  # by length
     assert "| sotu-era | 512 to 1,023 | 8,192 to 16,383 |" in text
-    assert "| sotu-era | reberta | 0.0001 | 0.500 | 0.600 | 3 | as trained | 0.500 | so far |" in text
+    assert "| sotu-era | reberta | 0.0001 | 0.500 | 0.600 | 3 | 0.500 | so far |" in text
     assert "leaderboard, sotu-era, all: `--model_path e --epochs 8 --alpha 1`" in text
     for absent in ("against each", "Ablations", "Synthetic", "brown-15 |", "best baseline"):
         assert absent not in text
@@ -130,7 +130,7 @@ def test_page_of_whole_and_partial_models():
     assert "| reberta | 0.750 ± 0.354 | 0.750 ± 0.354 | 0.750 |" in text
     assert "| mean | 0.500 (1 of 2) |  |  |" in text
     assert "| mean | +0.500 (2 documents) |  | +0.500 | +0.000 to +1.000 | 0.49 | 2 |" in text
-    assert "| sotu-era | mean | 0.0001 | 0.500 | 0.600 | 3 | as trained | 0.500 | yes, the last of its grid |" in text
+    assert "| sotu-era | mean | 0.0001 | 0.500 | 0.600 | 3 | 0.500 | yes, the last of its grid |" in text
     assert "| sotu-era | mean | 5e-05 | 0.900 |" in text
     assert "best baseline" not in text
     assert text.index("| reberta | 0.750") < text.index("| mean | 0.500")

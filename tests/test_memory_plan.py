@@ -264,7 +264,7 @@ def test_what_does_not_fit_is_refused_with_the_length_that_would(arguments, trai
     assert main(arguments(budget(trainer, need), "long")) == 6
     error = capsys.readouterr().err.splitlines()[-1]
     assert "the longest document, 6 windows (372 tokens), does not fit even alone and at memory level 2" in error
-    assert re.search(r"one of 4 windows \(248 tokens\) would.* Try --max_windows 4, a smaller --window_size", error)
+    assert re.search(r"one of 4 windows \(248 tokens\) would.* Try --train_windows 4, a smaller --window_size", error)
     assert main(arguments("--max_memory 1KB --memory_level 1", "tiny")) == 6
     error = capsys.readouterr().err.splitlines()[-1]
     assert "nor would a much shorter one" in error

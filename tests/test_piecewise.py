@@ -168,7 +168,7 @@ def test_a_document_that_does_not_fit_at_all_is_named(arguments, limited, capsys
     assert tried == [4, 2, 1, 1]
     error = next(line for line in capsys.readouterr().err.splitlines() if " ERROR " in line)
     assert re.search(r"step 1: out of memory with one document, train-\d+ of \d windows, at memory level 2", error)
-    assert "--max_windows" in error
+    assert "--train_windows" in error
 
 
 def test_several_processes_are_told_to_plan_ahead(run, limited, monkeypatch):

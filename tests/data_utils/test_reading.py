@@ -131,6 +131,31 @@ def test_windows_are_drawn_from_seed_epoch_and_document_alone(make):
     assert any(other[index]["input_ids"].tolist() != epochs[0][index] for index in long)
 
 
+@pytest.mark.parametrize("read", ["first", "head_tail"])
+def test_training_takes_some_of_the_windows_that_are_read(make, read):
+    """Each once in three epochs, the windows in their order; a shorter document whole."""
+    whole = make(read=read, max_windows=6)
+    drawn = make(read=read, max_windows=6, train_windows=2)
+    assert drawn.epochs_differ
+    assert not whole.epochs_differ
+    assert drawn.tokens_read.tolist() == whole.tokens_read.tolist()
+    assert drawn.window_counts.tolist() == np.minimum(whole.window_counts, 2).tolist()
+    for index, count in enumerate(whole.window_counts.tolist()):
+        windows, masks = whole[index]["input_ids"].tolist(), whole[index]["attention_mask"].tolist()
+        seen = []
+        for epoch in range(3):
+            drawn.set_epoch(epoch)
+            item = drawn[index]
+            places = [windows.index(window) for window in item["input_ids"].tolist()]
+            assert places == sorted(places)
+            assert len(places) == min(count, 2)
+            assert item["attention_mask"].tolist() == [masks[place] for place in places]
+            seen += places
+        if count == 6:
+            assert sorted(seen) == list(range(6))
+    assert max(whole.window_counts) == 6
+
+
 def test_masks_are_set_on_what_is_read(make, tokenizer):
     """All words masked, then half of them: a word of the document is masked whole or not at all."""
     all_of_them = make(
