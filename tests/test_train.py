@@ -20,6 +20,7 @@ from config import parse_settings
 from data_utils.dataset import LongTextBatchSampler, LongTextDataset, collate, load_tokenizer
 from engine import Objective
 from models.checkpoint import load_model_and_config
+from models.reberta import RecurrentRoBERTa
 from models.registry import build_model
 from tests.conftest import MODEL_CODE, write_corpus
 from train import class_weights, train
@@ -195,9 +196,23 @@ def test_ema_is_the_moving_average_of_the_weights(run):
     assert_same({f"module.{n}": v for n, v in average.items()}, {n: saved[n] for n in saved if n != "n_averaged"}, 1e-6)
 
 
+def test_training_takes_some_windows_and_validation_all(run, monkeypatch):
+    forward, seen = RecurrentRoBERTa.forward, {True: 0, False: 0}
+
+    def watched(self, input_ids, attention_mask):
+        seen[self.training] = max(seen[self.training], input_ids.shape[1])
+        return forward(self, input_ids, attention_mask)
+
+    monkeypatch.setattr(RecurrentRoBERTa, "forward", watched)
+    trained = run("--epochs 1 --train_windows 2")
+    assert seen == {True: 2, False: 6}
+    assert load_model_and_config(trained.best_model).model.config.max_windows == 6
+
+
 @pytest.mark.parametrize("metric", ["loss", "log_loss"])
 def test_the_best_model_is_kept_whatever_comes_after(run, metric):
-    trained = run(f"--epochs 6 --learning_rate 5e-3 --save_total_limit 1 --metric_for_best {metric}")
+    more = "--train_windows 2" if metric == "log_loss" else ""
+    trained = run(f"--epochs 6 --learning_rate 5e-3 --save_total_limit 1 --metric_for_best {metric} {more}")
     losses = {row["step"]: row[f"eval_{metric}"] for row in rows(trained) if "eval_loss" in row}
     assert len(losses) == 6
     best = min(losses, key=losses.get)
