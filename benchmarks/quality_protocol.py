@@ -51,7 +51,7 @@ COMMON: Options = {
     "log_steps": 50,
     "device": "cpu",
 }
-LRS = (1e-5, 3e-5, 1e-4)
+LRS = (3e-6, 1e-5, 3e-5)
 LRS_FROM_SCRATCH = (5e-4, 1e-3, 2e-3)
 WINDOW_SIZE = 128
 ALL_WINDOWS = 80  # of WINDOW_SIZE tokens, which validation and test read at most

@@ -388,7 +388,7 @@ class RecurrentRoBERTa(PreTrainedModel):
             return document_BD + self.carry_output(torch.cat([end_BD, masked_mean(memory_BND, exists_BN)], dim=-1))
 
     def _head(self, document_BD: Tensor) -> Tensor:
-        pooled_BD = torch.tanh(self.pooler(self.dropout(document_BD)))
+        pooled_BD = torch.tanh(self.pooler(document_BD))
         return self.classifier(self.dropout(pooled_BD))
 
     def check(self) -> None:

@@ -242,6 +242,18 @@ def test_window_logits_are_the_heads_of_each_window(encoder_config):
         assert other(input_ids=input_ids, attention_mask=mask).hidden_states.window_logits is None
 
 
+def test_no_dropout_before_the_pooler(encoder_config):
+    """Document states lie far from zero and close together: without a number in ten, nothing would be left of them."""
+    model = build(encoder_config, dropout=0.5, window_loss=1.0).train()
+    seen = []
+    model.pooler.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    hidden = model(*documents(LENGTHS)).hidden_states
+    documents_in, windows_in = sorted(seen, key=lambda states: states.dim())
+    assert torch.equal(windows_in, hidden.window_states)
+    rows = {tuple(state) for state in hidden.document_state.tolist()}
+    assert {tuple(state) for state in documents_in.tolist()} == rows
+
+
 def test_gates_report_the_mean_weight_of_what_entered(encoder_config):
     model = build(encoder_config, num_repeats=2)
     hidden = model(*documents([[12, 12, 12], [9]])).hidden_states
