@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain, pairwise
 from statistics import mean
@@ -246,9 +246,10 @@ def details(page: Page) -> str:
             cells = [page.runs(key), *(spread([row.get(name) for row in rows]) for name in scores)]
             cells += [", ".join(dict.fromkeys(map(rate_text, rows))), f"{mean(row['share_read'] for row in rows):.0%}"]
             cells += [f"{mean(row['seconds'] for row in rows) / 60:.1f}", number(rows[0].get("parameters", ""))]
-            lines.append([key[2], *cells])
+            epochs = Counter(f"{row['best_epoch']:g}" for row in rows if "best_epoch" in row)
+            lines.append([key[2], *cells, ", ".join(f"{epoch} ({n})" for epoch, n in sorted(epochs.items()))])
         header = [corpus, "runs", "macro F1", "accuracy, long", "log loss", "ECE", "ECE, temperature 1"]
-        header += ["learning rate", "tokens read", "minutes to train", "trained parameters"]
+        header += ["learning rate", "tokens read", "minutes to train", "trained parameters", "best epoch (runs)"]
         parts.append(markdown_table(header, lines, left=1))
     return "\n\n".join(["## Details", *parts]) if parts else ""
 

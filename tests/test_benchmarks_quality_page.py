@@ -107,6 +107,7 @@ def test_page_of_one_cell():
     assert planned > 1
     assert f"- **1 of {planned} runs are there**" in text
     assert "| reberta | 1.000 (1) | 0.000 (1) |" in text  # by length
+    assert "| 1,234,567 | 3 (1) |" in text
     assert "| sotu-era | 512 to 1,023 | 8,192 to 16,383 |" in text
     assert "| sotu-era | reberta | 0.0001 | 0.500 | 0.600 | 3 | 0.500 | so far |" in text
     assert "leaderboard, sotu-era, all: `--model_path e --epochs 8 --alpha 1`" in text
