@@ -69,7 +69,7 @@ def trained(request, encoder_folder, tmp_path_factory) -> Trained:
     several = request.param == "multi_label"
     write_corpus(folder / "train.jsonl", several, seed=0)
     rows = write_corpus(folder / "val.jsonl", several, seed=1)
-    flags = f"--problem_type {request.param} --epochs 3 --learning_rate 1e-3 --window_size 12 --max_windows 4"
+    flags = f"--problem_type {request.param} --epochs 8 --learning_rate 1e-3 --window_size 12 --max_windows 4"
     paths = f"--train_path {folder}/train.jsonl --val_path {folder}/val.jsonl --model_path {encoder_folder}"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
