@@ -9,6 +9,7 @@ classes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,10 @@ class States(NamedTuple):
     """[n], or [n, C] 0/1."""
     weights_n: Tensor
     """1 for a document, `--window_loss` for all of its windows together."""
+
+    @classmethod
+    def joined(cls, parts: Sequence[States]) -> States:
+        return cls(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
     def mean_and_deviation(self) -> tuple[Tensor, Tensor]:
         """Weighted mean and standard deviation of the values, [D] each."""
@@ -60,7 +65,7 @@ def fit_head(trainer: ReBertaTrainer) -> None:
     for epoch in range(epochs):
         train.set_epoch(epoch)
         parts.append(_read(trainer, train, f"probe, epoch {epoch + 1} of {epochs}", settings.window_loss))
-    states = States(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    states = States.joined(parts)
     held_out = _read(trainer, trainer.data.validation, "probe, validation")
     with torch.no_grad():
         mean_D, deviation_D = states.mean_and_deviation()
@@ -122,7 +127,7 @@ def _read(trainer: ReBertaTrainer, dataset: LongTextDataset, what: str, window_l
             states_BND = output.hidden_states.window_states.float()[readable_B]
             documents, windows, shares = window_shares(states_BND)
             found.append(States(states_BND[documents, windows], labels[documents], window_loss * shares))
-    states = States(*(torch.cat(part) for part in zip(*found, strict=True)))
+    states = States.joined(found)
     if not len(states.labels):
         raise TrainingError(f"{what}: no document could be read; the encoder gives states that are not finite")
     return states

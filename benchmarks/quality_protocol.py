@@ -67,15 +67,16 @@ SOME_WINDOWS: Options = {
     "max_windows": ALL_WINDOWS,
     "train_windows": 8,
     "window_loss": 1,
+    "memory_level": 0,
 }
 # where there is one window, or the document's state is made in another way than a window's
 NO_WINDOW_LOSS: Options = {"window_loss": None}
 # What stands for a window, for all models alike: of [CLS] and the mean of tokens, after layers 2, 4, 5 and 6, what
 # gives a linear probe of the encoder as it is the lowest log loss on the first fold's validation set (docs/LOG.md)
-STYLE: Options = {"pooling": "mean", "encoder_layers": 4, "memory_level": 0}
-TOPIC: Options = {"pooling": "mean", "memory_level": 0, "probe_epochs": 1}  # 8 windows hold most of its documents
+STYLE: Options = {"pooling": "mean", "encoder_layers": 4}
+TOPIC: Options = {"pooling": "mean", "probe_epochs": 1}  # 8 windows hold most of its documents
 CORPORA = {
-    "sotu-era": Corpus("sotu-era", FOLDS, {**SOME_WINDOWS, "memory_level": 0}),
+    "sotu-era": Corpus("sotu-era", FOLDS, SOME_WINDOWS),
     "brown-15": Corpus("brown-15", FOLDS, {**SOME_WINDOWS, **STYLE}),
     "20news-long": Corpus("20news", SEEDS, {**SOME_WINDOWS, **TOPIC}, long_only=True),
 }
