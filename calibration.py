@@ -2,7 +2,7 @@
 
 - `fit_temperature`, `tune_thresholds`: what validation data decide; the model's configuration keeps it
 - `probabilities`, `predicted_labels`, `confidences`: from logits to one or several labels
-- `claims`, `calibration_error`: what the probabilities say against what is so
+- `log_losses`, `claims`, `calibration_error`: what the probabilities say against what is so
 """
 
 from __future__ import annotations
@@ -85,6 +85,15 @@ def _best_threshold(scores: np.ndarray, truth: np.ndarray) -> float:
     precision, recall, thresholds = precision_recall_curve(truth, scores)
     f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
     return float(thresholds[f1[:-1].argmax()])
+
+
+def log_losses(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """[n], of documents; with labels [n, C] the mean over classes."""
+    epsilon = np.finfo(float).eps
+    clipped = probabilities.clip(epsilon, 1 - epsilon)
+    if labels.ndim == 2:
+        return -np.where(labels.astype(bool), np.log(clipped), np.log(1 - clipped)).mean(-1)
+    return -np.log(clipped[np.arange(len(labels)), labels])
 
 
 def claims(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -29,7 +29,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
-from calibration import fit_temperature, probabilities, tune_thresholds
+from calibration import fit_temperature, log_losses, probabilities, tune_thresholds
 from config import Settings
 from data_utils.dataset import LongTextBatchSampler, LongTextDataset, collate, evaluation_loader
 from evaluation_utils import classification_metrics, predict
@@ -42,6 +42,7 @@ from utils import TrainingError, logger, write_text
 from visualization_utils import save_run_curves
 
 EMA_FILE = "ema.safetensors"
+PROBE_FILE = "probe.safetensors"
 SECONDS_BETWEEN_CURVES = 20  # a figure takes half a second, which is much where evaluations are short
 
 
@@ -148,6 +149,7 @@ class ReBertaTrainer(PiecewiseTrainer):
     def __init__(self, settings: Settings, data: Data, run: RunFolder, objective: Objective, **options: Any) -> None:
         self.settings, self.data, self.run, self.objective = settings, data, run, objective
         self.ema: AveragedModel | None = None
+        self.probe_losses_n: Tensor | None = None
         self.signals = StopSignals()
         self.watch = Watch(data.train.ids, settings.max_window_failures * float(data.train.window_counts.sum()))
         super().__init__(
@@ -263,11 +265,22 @@ class ReBertaTrainer(PiecewiseTrainer):
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         self.log(dict(metrics))
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._losses_n = torch.from_numpy(log_losses(scores, prediction.labels))
         if self.state.global_step == 0:  # Trainer chooses among the evaluations that follow
             self._determine_best_metric(metrics, trial=None)
+            if self.settings.metric_for_best == "log_loss":
+                self.probe_losses_n = self._losses_n
         return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        if self.probe_losses_n is not None:  # a simple model, that has seen no gradient, needs a reason to be left
+            gains_n = self.probe_losses_n - self._losses_n
+            gain, error = float(gains_n.mean()), float(gains_n.std()) / math.sqrt(len(gains_n))
+            if gain <= error:
+                logger.info(
+                    "not clearly better than the probe: log loss lower by %.4f, standard error %.4f", gain, error
+                )
+                return False
         is_best = super()._determine_best_metric(metrics, trial)
         if is_best and self.args.should_save:
             model: Any = self.evaluated_model
@@ -284,6 +297,8 @@ class ReBertaTrainer(PiecewiseTrainer):
         name = f"checkpoint-{self.state.global_step}"
         if self.args.should_save and self.ema is not None:
             save_file(self.ema.state_dict(), self.run.staging / name / EMA_FILE)
+        if self.args.should_save and self.probe_losses_n is not None:
+            save_file({"losses": self.probe_losses_n}, self.run.staging / name / PROBE_FILE)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(self.run.staging / name, self.run.folder / name)
@@ -321,7 +336,10 @@ class EngineCallback(TrainerCallback):
         self.trainer, self.resume_from = trainer, resume_from
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        decay = self.trainer.settings.ema_decay
+        settings = self.trainer.settings
+        if self.resume_from is not None and settings.probe_epochs and settings.metric_for_best == "log_loss":
+            self.trainer.probe_losses_n = load_file(Path(self.resume_from) / PROBE_FILE)["losses"]
+        decay = settings.ema_decay
         if decay is None:
             return
         self.trainer.ema = AveragedModel(self.trainer.model, multi_avg_fn=get_ema_multi_avg_fn(decay))

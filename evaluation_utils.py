@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from calibration import calibration_error, claims, confidences, predicted_labels, probabilities
+from calibration import calibration_error, claims, confidences, log_losses, predicted_labels, probabilities
 from data_utils.predictions import harmless, label_cell
 from figure_text import display_width, shorten
 from processes import gather
@@ -141,7 +141,7 @@ def _calibration_metrics(truth: np.ndarray, probabilities: np.ndarray, multi: bo
     """What `CALIBRATED` names."""
     truth_nC = truth if multi else np.eye(probabilities.shape[1], dtype=np.int64)[truth]
     return {
-        "log_loss": _log_loss(probabilities, truth_nC, multi),
+        "log_loss": float(log_losses(probabilities, truth).mean()),
         "ece": calibration_error(*claims(probabilities, truth)),
         "ece_classwise": float(np.mean(list(map(calibration_error, probabilities.T, truth_nC.T)))),
     }
@@ -150,14 +150,6 @@ def _calibration_metrics(truth: np.ndarray, probabilities: np.ndarray, multi: bo
 def _sklearn_labels(classes: np.ndarray, truth: np.ndarray) -> np.ndarray:
     """`labels=` for scikit-learn, which takes a single column of 0/1 for two classes."""
     return classes + 1 if truth.shape[1:] == (1,) else classes
-
-
-def _log_loss(probabilities: np.ndarray, truth_nC: np.ndarray, multi: bool) -> float:
-    epsilon = np.finfo(float).eps
-    clipped = probabilities.clip(epsilon, 1 - epsilon)
-    if multi:
-        return float(-np.where(truth_nC, np.log(clipped), np.log(1 - clipped)).mean())
-    return float(-np.log(clipped[truth_nC.astype(bool)]).mean())
 
 
 def metrics_by_length(

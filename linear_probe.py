@@ -9,7 +9,9 @@ classes.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +24,7 @@ from engine import Objective, ReBertaTrainer, window_shares
 from utils import TrainingError, error_handler, logger
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # C, as scikit-learn's LogisticRegression counts it
+FOLDS = 5
 SPREAD = 0.5  # standard deviation of what goes into the pooler's tanh, which is nearly linear there
 LEAST_DEVIATION = 0.1  # of a dimension, as a share of the mean over dimensions
 
@@ -34,10 +37,24 @@ class States(NamedTuple):
     """[n], or [n, C] 0/1."""
     weights_n: Tensor
     """1 for a document, `--window_loss` for all of its windows together."""
+    documents_n: Tensor
+    """Whose they are."""
 
     @classmethod
     def joined(cls, parts: Sequence[States]) -> States:
         return cls(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    def where(self, chosen_n: Tensor) -> States:
+        return States(*(field[chosen_n] for field in self))
+
+    def by_document(self) -> States:
+        """One for each document, the mean of its own."""
+        documents_m, place_n, counts_m = self.documents_n.unique(return_inverse=True, return_counts=True)
+        sums_mD = self.values_nD.new_zeros(len(documents_m), self.values_nD.shape[1])
+        sums_mD.index_add_(0, place_n, self.values_nD)
+        labels = self.labels.new_empty(len(documents_m), *self.labels.shape[1:])
+        labels[place_n] = self.labels
+        return States(sums_mD / counts_m[:, None], labels, torch.ones_like(sums_mD[:, 0]), documents_m)
 
     def mean_and_deviation(self) -> tuple[Tensor, Tensor]:
         """Weighted mean and standard deviation of the values, [D] each."""
@@ -52,8 +69,10 @@ def fit_head(trainer: ReBertaTrainer) -> None:
 
     The regression has the objective of training. The training set is read `--probe_epochs` times as training reads it,
     but without gradients and dropout; once, where neither drawn windows nor masks make its epochs differ. The strength
-    of regularisation is the one of lowest validation loss at the temperature that suits it. The states are held in
-    memory, 4 D bytes for a document and epoch, and for a window with `--window_loss`. Every process does the same.
+    of regularisation is the one of lowest log loss, at the temperature that suits it, of documents that were held out:
+    those of the training set in a cross-validation of FOLDS parts, and those of the validation set, too few of which
+    there often are. The states are held in memory, 4 D bytes for a document and epoch, and for a window with
+    `--window_loss`. Every process does the same.
 
     Raises:
         TrainingError: no document of the training or validation set can be read.
@@ -61,73 +80,101 @@ def fit_head(trainer: ReBertaTrainer) -> None:
     model: Any = trainer.model
     train, settings = trainer.data.train, trainer.settings
     epochs = settings.probe_epochs if train.epochs_differ else 1
-    parts = []
+    document_parts, window_parts = [], []
     for epoch in range(epochs):
         train.set_epoch(epoch)
-        parts.append(_read(trainer, train, f"probe, epoch {epoch + 1} of {epochs}", settings.window_loss))
-    states = States.joined(parts)
-    held_out = _read(trainer, trainer.data.validation, "probe, validation")
+        documents, windows = _read(trainer, train, f"probe, epoch {epoch + 1} of {epochs}")
+        document_parts.append(documents)
+        window_parts.append(windows)
+    documents, windows = States.joined(document_parts), States.joined(window_parts)
+    held_out, _ = _read(trainer, trainer.data.validation, "probe, validation")
+    states = States.joined([documents, windows])
     with torch.no_grad():
         mean_D, deviation_D = states.mean_and_deviation()
         # some dimensions of an encoder are all but constant; drawn out, any change of them would drown the others
         scale_D = SPREAD / deviation_D.clamp(min=LEAST_DEVIATION * deviation_D.mean())
         model.pooler.weight.copy_(scale_D.diag())
         model.pooler.bias.copy_(-scale_D * mean_D)
-        pooled, held_out_pooled = (s._replace(values_nD=model.pooler(s.values_nD).tanh()) for s in (states, held_out))
-    documents = round(float(states.weights_n.sum()) / (1 + settings.window_loss))
-    lowest = torch.inf
-    for strength in STRENGTHS:
-        # a document that is read again is not one more
-        classifier = fit_classifier(pooled, model.config.num_labels, trainer.objective, strength * documents / epochs)
-        with torch.no_grad():
-            logits = classifier(held_out_pooled.values_nD)
-        temperature = fit_temperature(logits.cpu().numpy(), held_out.labels.cpu().numpy())
-        loss = float(trainer.objective.losses(logits / temperature, held_out.labels).mean())
-        if loss < lowest:
-            lowest, best = loss, strength
-            model.classifier.load_state_dict(classifier.state_dict())
-    windows = f" and {len(states.labels) - documents} window states" if settings.window_loss else ""
-    logger.info("linear probe of %d document states%s: C = %g, validation loss %.4f", documents, windows, best, lowest)
+        pooled, read_whole, held_out = (
+            s._replace(values_nD=model.pooler(s.values_nD).tanh()) for s in (states, documents.by_document(), held_out)
+        )
+    fit = partial(fit_classifiers, classes=model.config.num_labels, objective=trainer.objective)
+    classifiers = fit(pooled)
+    logits_parts, labels_parts = [_logits(classifiers, held_out)], [held_out.labels]
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed))
+    fold_of = (order % FOLDS).to(states.documents_n.device)
+    for fold in tqdm(range(FOLDS), desc="probe, cross-validation", leave=False, disable=None):
+        left_out = read_whole.where(fold_of[read_whole.documents_n] == fold)
+        logits_parts.append(_logits(fit(pooled.where(fold_of[pooled.documents_n] != fold)), left_out))
+        labels_parts.append(left_out.labels)
+    logits_SmC, labels = torch.cat(logits_parts, 1), torch.cat(labels_parts)
+    temperatures = [fit_temperature(logits.cpu().numpy(), labels.cpu().numpy()) for logits in logits_SmC]
+    losses = [
+        float(trainer.objective.losses(logits / temperature, labels).mean())
+        for logits, temperature in zip(logits_SmC, temperatures, strict=True)
+    ]
+    best = losses.index(min(losses))
+    model.classifier.load_state_dict(classifiers[best].state_dict())
+    logger.info(
+        "linear probe of %d document states%s: C = %g, log loss %.4f of %d documents held out",
+        len(documents.labels),
+        f" and {len(windows.labels)} window states" if settings.window_loss else "",
+        STRENGTHS[best],
+        losses[best],
+        len(labels),
+    )
 
 
-def fit_classifier(states: States, classes: int, objective: Objective, documents: float) -> nn.Linear:
-    """The linear classifier of least weighted mean loss + |weights of the classifier|^2 / (2 documents)."""
-    values_nD, labels, weights_n = states
-    classifier = nn.Linear(values_nD.shape[1], classes, device=values_nD.device)
+def fit_classifiers(states: States, classes: int, objective: Objective) -> list[nn.Linear]:
+    """For each of STRENGTHS the linear classifier of least weighted mean loss + |its weights|^2 / (2 C documents)."""
+    documents = len(states.documents_n.unique())
+    classifier = nn.Linear(states.values_nD.shape[1], classes, device=states.values_nD.device)
     nn.init.zeros_(classifier.weight)
     nn.init.zeros_(classifier.bias)
+    found = []
+    for strength in STRENGTHS:
+        _minimise(classifier, states, objective, 1 / (2 * strength * documents))
+        found.append(copy.deepcopy(classifier))  # where the next begins
+    return found
+
+
+def _minimise(classifier: nn.Linear, states: States, objective: Objective, penalty: float) -> None:
     optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=200, line_search_fn="strong_wolfe")
+    shares_n = states.weights_n / states.weights_n.sum()
 
     def cost() -> Tensor:
         optimizer.zero_grad()
-        losses = objective.losses(classifier(values_nD), labels)
-        loss = weights_n @ losses.view(len(labels), -1).mean(1) / weights_n.sum()
-        loss = loss + classifier.weight.square().sum() / (2 * documents)
+        losses = objective.losses(classifier(states.values_nD), states.labels)
+        loss = shares_n @ losses.view(len(losses), -1).mean(1) + penalty * classifier.weight.square().sum()
         loss.backward()
         return loss
 
     optimizer.step(cost)
-    return classifier
 
 
-def _read(trainer: ReBertaTrainer, dataset: LongTextDataset, what: str, window_loss: float = 0.0) -> States:
-    """The states of a dataset's documents and, with a loss of windows, of their windows; in fp32."""
+@torch.no_grad()
+def _logits(classifiers: Sequence[nn.Linear], states: States) -> Tensor:
+    """[classifiers, n, C]."""
+    return torch.stack([classifier(states.values_nD) for classifier in classifiers])
+
+
+def _read(trainer: ReBertaTrainer, dataset: LongTextDataset, what: str) -> tuple[States, States]:
+    """The states of a dataset's documents and, with `--window_loss`, those of their windows; in fp32."""
     model, device, settings = trainer.model, trainer.args.device, trainer.settings
     loader = evaluation_loader(dataset, settings.batch_size, max_windows_per_batch=settings.max_windows_per_batch)
     model.eval()
-    found: list[States] = []
+    documents, windows = [], []
     for batch in tqdm(loader, desc=what, unit="batch", leave=False, disable=None):
         with torch.no_grad(), trainer.accelerator.autocast():
             output = model(batch["input_ids"].to(device), batch["attention_mask"].to(device))
         readable_B = output.logits.isfinite().all(-1)
-        labels = batch["labels"].to(device)[readable_B]
+        labels, index_B = (batch[name].to(device)[readable_B] for name in ("labels", "index"))
         states_BD = output.hidden_states.document_state.float()[readable_B]
-        found.append(States(states_BD, labels, torch.ones(len(labels), device=device)))
-        if window_loss:
-            states_BND = output.hidden_states.window_states.float()[readable_B]
-            documents, windows, shares = window_shares(states_BND)
-            found.append(States(states_BND[documents, windows], labels[documents], window_loss * shares))
-    states = States.joined(found)
-    if not len(states.labels):
+        documents.append(States(states_BD, labels, torch.ones(len(labels), device=device), index_B))
+        states_BND = output.hidden_states.window_states.float()[readable_B]
+        rows, places, shares = window_shares(states_BND if settings.window_loss else states_BND[:, :0])
+        windows.append(States(states_BND[rows, places], labels[rows], settings.window_loss * shares, index_B[rows]))
+    found = States.joined(documents), States.joined(windows)
+    if not len(found[0].labels):
         raise TrainingError(f"{what}: no document could be read; the encoder gives states that are not finite")
-    return states
+    return found

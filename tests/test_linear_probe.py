@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -15,7 +16,7 @@ from calibration import fit_temperature, probabilities
 from config import parse_settings
 from data_utils.dataset import LongTextDataset, collate, load_tokenizer
 from engine import Objective
-from linear_probe import LEAST_DEVIATION, SPREAD, STRENGTHS, States, fit_classifier
+from linear_probe import FOLDS, LEAST_DEVIATION, SPREAD, STRENGTHS, States, fit_classifiers
 from models.checkpoint import load_model_and_config
 from models.registry import build_model
 from tests.conftest import write_corpus
@@ -59,7 +60,8 @@ def read(model, path: str, labels: list[str], encoder: str):
 
 @pytest.mark.parametrize("window_loss", [0.0, 0.5])
 def test_the_start_is_a_logistic_regression_of_the_fresh_models_states(argv, encoder_folder, window_loss):
-    """Chosen among the strengths by validation; a learning rate of nothing leaves it the best model."""
+    """Chosen among the strengths by documents held out, in a cross-validation of the training set and in validation;
+    a learning rate of nothing leaves it the best model."""
     trained, rows = started(argv, "run", "--probe_epochs=1", "--learning_rate=1e-12", f"--window_loss={window_loss}")
     settings = parse_settings(argv)
     best = load_model_and_config(trained.best_model).model
@@ -69,28 +71,49 @@ def test_the_start_is_a_logistic_regression_of_the_fresh_models_states(argv, enc
     (hidden, _, truth), (held_out_hidden, _, held_out_truth) = (
         read(best, f"{name}.jsonl", labels, encoder_folder) for name in ("train", "val")
     )
-    rows_of_x, rows_of_y, weights = [], [], []
+    rows_of_x, rows_of_y, weights, owners = [], [], [], []
     for document, label in enumerate(truth):
         windows = [state for state in hidden.window_states[document] if state.any()]
         rows_of_x += [hidden.document_state[document], *windows]
         rows_of_y += [label] * (1 + len(windows))
         weights += [1.0, *([window_loss / len(windows)] * len(windows))]
-    states = np.stack(rows_of_x)
+        owners += [document] * (1 + len(windows))
+    states, rows_of_y, weights, owners = map(np.array, (rows_of_x, rows_of_y, weights, owners))
     mean = np.average(states, axis=0, weights=weights)
     deviation = np.sqrt(np.average((states - mean) ** 2, axis=0, weights=weights))
     values, held_out_values = (
         np.tanh(SPREAD * (x - mean) / deviation) for x in (states, held_out_hidden.document_state.numpy())
     )
-    # of two classes scikit-learn has one vector of weights where we have two of half its length
-    fits = [
-        LogisticRegression(C=2 * c / (1 + window_loss), tol=1e-8, max_iter=10_000).fit(values, rows_of_y, weights)
-        for c in STRENGTHS
-    ]
-    predicted = [f.predict_log_proba(held_out_values) for f in fits]
-    at_temperature = [probabilities(p, "single_label", fit_temperature(p, held_out_truth)) for p in predicted]
-    chosen = int(np.argmin([-np.log(p[range(10), held_out_truth]).mean() for p in at_temperature]))
+
+    def fits(rows: np.ndarray) -> list[LogisticRegression]:
+        # of two classes scikit-learn has one vector of weights where we have two of half its length
+        return [
+            LogisticRegression(C=2 * c / (1 + window_loss), tol=1e-8, max_iter=10_000).fit(
+                values[rows], rows_of_y[rows], weights[rows]
+            )
+            for c in STRENGTHS
+        ]
+
+    predicted = [f.predict_log_proba(held_out_values) for f in fits(np.full(len(owners), True))]
+    fold_of = torch.randperm(22, generator=torch.Generator().manual_seed(settings.seed)).numpy() % FOLDS
+    first_rows = np.flatnonzero(np.diff(owners, prepend=-1))
+    tried, tried_truth = [predicted], [held_out_truth]
+    for fold in range(FOLDS):
+        left_out = fold_of == fold
+        tried.append([f.predict_log_proba(values[first_rows[left_out]]) for f in fits(~left_out[owners])])
+        tried_truth.append(truth[left_out])
+    all_truth = np.concatenate(tried_truth)
+    assert len(all_truth) == 32
+    losses = []
+    for said in map(np.concatenate, zip(*tried, strict=True)):
+        at_temperature = probabilities(said, "single_label", fit_temperature(said, all_truth))
+        losses.append(-np.log(at_temperature[range(32), all_truth]).mean())
+    chosen = int(np.argmin(losses))
     logits = read(best, "val.jsonl", labels, encoder_folder)[1]
     np.testing.assert_allclose(logits.log_softmax(-1).numpy(), predicted[chosen], atol=5e-3)
+    said = re.search(r"C = (\S+), log loss (\S+) of 32 documents", (trained.run_folder / "train.log").read_text())
+    assert said is not None
+    assert [float(number) for number in said.groups()] == pytest.approx([STRENGTHS[chosen], min(losses)], rel=2e-3)
     first = next(row for row in rows if "eval_loss" in row)
     assert first["step"] == 0
     assert first["eval_loss"] == pytest.approx(-predicted[chosen][range(10), held_out_truth].mean(), abs=2e-3)
@@ -112,6 +135,41 @@ def test_the_best_model_is_never_worse_than_the_probe(argv):
     assert trained.best_metric == losses[0]
     assert json.loads((trained.run_folder / "status.json").read_text())["best_step"] == 0
     assert (trained.best_model / "model.pt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("validation", "strengths", "more", "beaten"),
+    [
+        ("val.jsonl", STRENGTHS, ["--learning_rate=1e-3"], False),
+        ("train.jsonl", (1e-6,), ["--learning_rate=0.03", "--dropout=0", "--freeze_except_last=0"], True),
+    ],
+)
+def test_by_log_loss_a_probe_must_be_beaten_by_more_than_a_standard_error(
+    argv, encoder_folder, monkeypatch, validation, strengths, more, beaten
+):
+    """Ten documents do not tell; a probe that is regularised to nothing is beaten on the documents of training."""
+    monkeypatch.setattr("linear_probe.STRENGTHS", strengths)
+    flags = ["--probe_epochs=1", "--metric_for_best=log_loss", f"--val_path={validation}", *more]
+    trained, rows = started(argv, "run", *flags)
+    probe, _ = started(argv, "probe", *flags, "--learning_rate=1e-12")
+    model = load_model_and_config(probe.best_model).model
+    losses, best = {}, 0
+    for step in (0, 6, 12):
+        if step:
+            model.load_state_dict(load_file(trained.run_folder / f"checkpoint-{step}" / "model.safetensors"))
+        _, logits, truth = read(model, validation, list(model.config.id2label.values()), encoder_folder)
+        said = probabilities(logits.numpy(), "single_label", fit_temperature(logits.numpy(), truth))
+        losses[step] = -np.log(said[range(len(truth)), truth])
+        gains = losses[0] - losses[step]
+        if gains.mean() > gains.std(ddof=1) / len(truth) ** 0.5 and losses[step].mean() < losses[best].mean():
+            best = step
+    validated = {row["step"]: row["eval_log_loss"] for row in rows if "eval_loss" in row}
+    assert validated == pytest.approx({step: loss.mean() for step, loss in losses.items()}, abs=1e-4)
+    print({k: v.mean() for k, v in losses.items()}, best)
+    assert min(validated, key=validated.get) > 0
+    assert (best > 0) == beaten
+    assert json.loads((trained.run_folder / "status.json").read_text())["best_step"] == best
+    assert trained.best_metric == validated[best]
 
 
 def test_a_fitted_head_learns_at_the_encoders_rate(argv):
@@ -156,14 +214,16 @@ def test_several_labels_a_document(weights):
     values = generator.normal(size=(60, 5))
     labels = (values[:, :3] + generator.normal(size=(60, 3)) > 0.4).astype(np.int64)
     objective = Objective(class_weights=None if weights is None else torch.tensor(weights))
-    states = States(torch.from_numpy(values).float(), torch.from_numpy(labels).float(), torch.ones(60))
-    ours = fit_classifier(states, 3, objective, 180.0)
-    # the mean over documents and classes divides each class's loss by 3
-    for i in range(3):
-        more = None if weights is None else {0: 1.0, 1: weights[i]}
-        theirs = LogisticRegression(C=1.0, class_weight=more, tol=1e-8).fit(values, labels[:, i])
-        np.testing.assert_allclose(ours.weight[i].detach(), theirs.coef_[0], atol=1e-3)
-        np.testing.assert_allclose(ours.bias[i].detach(), theirs.intercept_[0], atol=1e-3)
+    states = States(
+        torch.from_numpy(values).float(), torch.from_numpy(labels).float(), torch.ones(60), torch.arange(60)
+    )
+    for strength, ours in zip(STRENGTHS, fit_classifiers(states, 3, objective), strict=True):
+        for i in range(3):
+            more = None if weights is None else {0: 1.0, 1: weights[i]}
+            # the mean over documents and classes divides each class's loss by 3
+            theirs = LogisticRegression(C=strength / 3, class_weight=more, tol=1e-8).fit(values, labels[:, i])
+            np.testing.assert_allclose(ours.weight[i].detach(), theirs.coef_[0], rtol=2e-3, atol=1e-3)
+            np.testing.assert_allclose(ours.bias[i].detach(), theirs.intercept_[0], rtol=2e-3, atol=1e-3)
 
 
 def test_a_model_from_scratch_has_nothing_to_probe(argv):
