@@ -182,8 +182,8 @@ class TrainingOptions(Options):
     metric_for_best: Literal["accuracy", "f1_macro", "loss", "log_loss"] = Field(
         "accuracy",
         description="the validation metric that chooses the best model; loss is that of training, of logits as they "
-        "are, log_loss that of probabilities at the temperature which is fitted to them, and must beat a probe's by more "
-        "than the standard error of the difference",
+        "are, log_loss that of probabilities at the temperature which is fitted to them, and must beat a probe's by "
+        "more than the standard error of the difference",
     )
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="keep a moving average of the weights, which is evaluated and saved"
