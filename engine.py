@@ -1,7 +1,6 @@
-"""The engine: one transformers Trainer subclass, what it computes a loss with, and its callbacks.
+"""The engine: one transformers Trainer subclass and its callbacks.
 
 - batches from `LongTextBatchSampler`; an update's documents are the same however they are cut into micro-batches
-- the loss is computed here from the logits, as a sum over the documents of an update divided by their number
 - a loss that is not finite, or too many failed windows, ends the run before the update, and names the documents
 - a moving average of the weights (`--ema_decay`) is what is evaluated and saved
 - the best model goes to `models/saved/<run>/`, everything else to the run folder
@@ -34,6 +33,7 @@ from config import Settings
 from data_utils.dataset import LongTextBatchSampler, LongTextDataset, collate, evaluation_loader
 from evaluation_utils import classification_metrics, predict
 from models.checkpoint import save_checkpoint
+from objective import Objective
 from piecewise import PiecewiseTrainer
 from processes import StopSignals, gather, said_once
 from run_checkpoints import STATE_FILE, keep, seal
@@ -54,51 +54,6 @@ class Data(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     training_texts: np.ndarray
     """Hashes of all texts that the model will have been trained on, int64."""
-
-
-def window_shares(states_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of all n windows that exist: document [n], place in it [n], and what part of the document's windows it is [n]."""
-    exists_BN = states_BND.any(-1)
-    documents, windows = exists_BN.nonzero(as_tuple=True)
-    return documents, windows, 1 / exists_BN.sum(1)[documents]
-
-
-class Objective:
-    """Cross-entropy, or binary cross-entropy for several labels a document, as a sum divided by a count.
-
-    Called as transformers' `compute_loss_func`: `num_items_in_batch` counts the labels of the whole update, over all
-    micro-batches and processes.
-    """
-
-    def __init__(
-        self, label_smoothing: float = 0.0, class_weights: Tensor | None = None, window_loss: float = 0.0
-    ) -> None:
-        self.label_smoothing = label_smoothing
-        self.class_weights = class_weights
-        self.window_loss = window_loss
-
-    def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """[n] of logits [n, C] and labels [n]; [n, C] of labels [n, C]."""
-        logits = logits.float()
-        weight = self.class_weights.to(logits.device) if self.class_weights is not None else None
-        if labels.dim() == 2:
-            targets = labels * (1 - self.label_smoothing) + self.label_smoothing / 2
-            return nn.functional.binary_cross_entropy_with_logits(logits, targets, pos_weight=weight, reduction="none")
-        return nn.functional.cross_entropy(
-            logits, labels, weight=weight, label_smoothing=self.label_smoothing, reduction="none"
-        )
-
-    def window_loss_sum(self, hidden_states: Any, labels: Tensor) -> Tensor:
-        """Sum over documents of the mean loss of their windows, each of which should tell the label alone."""
-        documents, windows, shares = window_shares(hidden_states.window_states)
-        losses = self.losses(hidden_states.window_logits[documents, windows], labels[documents])
-        return (losses * shares.view(-1, *[1] * (losses.dim() - 1))).sum()
-
-    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        loss = self.losses(outputs.logits, labels).sum()
-        if self.window_loss:
-            loss = loss + self.window_loss * self.window_loss_sum(outputs.hidden_states, labels)
-        return loss / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
 
 
 class Watch:

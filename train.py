@@ -30,11 +30,12 @@ from data_utils.augmentation import Masking
 from data_utils.dataset import LongTextDataset, dataset_options, load_tokenizer
 from data_utils.overlap import warn_of_overlap
 from data_utils.readers import expand_paths
-from engine import Data, EngineCallback, MetricsCallback, Objective, ReBertaTrainer
+from engine import Data, EngineCallback, MetricsCallback, ReBertaTrainer
 from linear_probe import fit_head
 from memory_plan import plan_memory
 from models.checkpoint import is_checkpoint, load_checkpoint_tokenizer, load_training_texts
 from models.registry import build_model
+from objective import Objective
 from processes import join_processes, said_once
 from run_folder import RunFolder, open_run_folder
 from utils import (

@@ -15,10 +15,10 @@ from sklearn.linear_model import LogisticRegression
 from calibration import fit_temperature, probabilities
 from config import parse_settings
 from data_utils.dataset import LongTextDataset, collate, load_tokenizer
-from engine import Objective
 from linear_probe import FOLDS, LEAST_DEVIATION, SPREAD, STRENGTHS, States, fit_classifiers
 from models.checkpoint import load_model_and_config
 from models.registry import build_model
+from objective import Objective
 from tests.conftest import write_corpus
 from train import train
 from utils import ConfigError
