@@ -84,7 +84,7 @@ def fit_head(trainer: ReBertaTrainer) -> None:
     document_parts, window_parts = [], []
     for epoch in range(epochs):
         train.set_epoch(epoch)
-        documents, windows = _read(trainer, train, f"probe, epoch {epoch + 1} of {epochs}")
+        documents, windows = _read(trainer, train, f"probe, epoch {epoch + 1} of {epochs}", settings.window_loss)
         document_parts.append(documents)
         window_parts.append(windows)
     documents, windows = States.joined(document_parts), States.joined(window_parts)
@@ -159,8 +159,10 @@ def _logits(classifiers: Sequence[nn.Linear], states: States) -> Tensor:
     return torch.stack([classifier(states.values_nD) for classifier in classifiers])
 
 
-def _read(trainer: ReBertaTrainer, dataset: LongTextDataset, what: str) -> tuple[States, States]:
-    """The states of a dataset's documents and, with `--window_loss`, those of their windows; in fp32."""
+def _read(
+    trainer: ReBertaTrainer, dataset: LongTextDataset, what: str, window_loss: float = 0.0
+) -> tuple[States, States]:
+    """The states of a dataset's documents and, with a loss of windows, those of their windows; in fp32."""
     model, device, settings = trainer.model, trainer.args.device, trainer.settings
     loader = evaluation_loader(dataset, settings.batch_size, max_windows_per_batch=settings.max_windows_per_batch)
     model.eval()
@@ -173,8 +175,8 @@ def _read(trainer: ReBertaTrainer, dataset: LongTextDataset, what: str) -> tuple
         states_BD = output.hidden_states.document_state.float()[readable_B]
         documents.append(States(states_BD, labels, torch.ones(len(labels), device=device), index_B))
         states_BND = output.hidden_states.window_states.float()[readable_B]
-        rows, places, shares = window_shares(states_BND if settings.window_loss else states_BND[:, :0])
-        windows.append(States(states_BND[rows, places], labels[rows], settings.window_loss * shares, index_B[rows]))
+        rows, places, shares = window_shares(states_BND if window_loss else states_BND[:, :0])
+        windows.append(States(states_BND[rows, places], labels[rows], window_loss * shares, index_B[rows]))
     found = States.joined(documents), States.joined(windows)
     if not len(found[0].labels):
         raise TrainingError(f"{what}: no document could be read; the encoder gives states that are not finite")

@@ -226,12 +226,13 @@ def test_several_labels_a_document(weights):
         torch.from_numpy(values).float(), torch.from_numpy(labels).float(), torch.ones(60), torch.arange(60)
     )
     for strength, ours in zip(STRENGTHS, fit_classifiers(states, 3, objective), strict=True):
+        relative = 1e-7 if strength <= 3 else 2e-3  # in fp32 the least of a flat cost is not found more exactly
         for i in range(3):
             more = None if weights is None else {0: 1.0, 1: weights[i]}
             # the mean over documents and classes divides each class's loss by 3
             theirs = LogisticRegression(C=strength / 3, class_weight=more, tol=1e-8).fit(values, labels[:, i])
-            np.testing.assert_allclose(ours.weight[i].detach(), theirs.coef_[0], rtol=2e-3, atol=1e-3)
-            np.testing.assert_allclose(ours.bias[i].detach(), theirs.intercept_[0], rtol=2e-3, atol=1e-3)
+            np.testing.assert_allclose(ours.weight[i].detach(), theirs.coef_[0], rtol=relative, atol=1e-3)
+            np.testing.assert_allclose(ours.bias[i].detach(), theirs.intercept_[0], rtol=relative, atol=1e-3)
 
 
 def test_a_model_from_scratch_has_nothing_to_probe(argv):
