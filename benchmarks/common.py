@@ -84,7 +84,7 @@ class Results:
         """Note by which command figures are measured from now on. What is added to what it returns is saved too."""
         session = {
             "command": shlex.join(["python", "-m", f"benchmarks.{self.benchmark}", *arguments]),
-            "started": datetime.now().isoformat(sep=" ", timespec="minutes"),
+            "started": datetime.now().isoformat(sep=" ", timespec="seconds"),
             **facts,
         }
         self.content["sessions"].append(session)

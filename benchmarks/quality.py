@@ -10,7 +10,8 @@
   chose; the chosen one's run in tuning is its first row
 - a finished cell is saved at once and not run again; Ctrl-C or SIGTERM gives up those at work. A cell that fails ends
   the session once the others at work have ended
-- a table may come from several machines, since what counts in it are labels; its sessions name them
+- a table may come from several machines and versions of the code, since what counts in it are labels: each row names
+  its session, and that its machine and commit
 - rows that were made with other options than the protocol now has are dropped when their study is chosen again
 - with `--output benchmarks/results/quality.json` docs/results.md is written anew whenever a session ends
 """
@@ -238,6 +239,7 @@ def run(groups: Sequence[Sequence[Study]], results: common.Results, workshop: Wo
 
     Raises what the first cell that failed raised, once the others that were at work have ended.
     """
+    session = results.content["sessions"][-1]["started"] if groups else None
     failures: list[BaseException] = []
     working: dict[Future[Row], Cell] = {}
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=left(groups, results.rows), unit="cell", disable=None) as bar:
@@ -255,7 +257,7 @@ def run(groups: Sequence[Sequence[Study]], results: common.Results, workshop: Wo
                     if error := future.exception():
                         failures.append(error)
                     else:
-                        row = future.result()
+                        row = {**future.result(), "session": session}
                         results.add(row)
                         bar.update()
                         bar.write(f"{name_of(row)}: accuracy {row['accuracy']:.3f}, {row['seconds']:.0f} s to train")
@@ -329,11 +331,12 @@ def fill(options: argparse.Namespace, argv: Sequence[str]) -> None:
 
 
 def commit() -> str:
-    """The project's, and whether it was changed since; empty without git."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return described.stdout.strip()
+    """The project's, with -dirty where code was changed since; empty without git."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+
+    return git("describe", "--always") + ("-dirty" if git("diff", "--name-only", "HEAD", "--", "*.py") else "")
 
 
 if __name__ == "__main__":

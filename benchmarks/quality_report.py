@@ -97,13 +97,16 @@ def origin(page: Page) -> str:
     content = page.content
     done = sum(min(len(rows), page.planned(key)) for key, rows in page.counted.items())
     lines = [", ".join(f"{name} {value}" for name, value in content["versions"].items())]
+    rows = Counter(row["session"] for row in content["rows"])
     machine = None
     for session in content["sessions"]:
+        if not rows[session["started"]]:
+            continue  # all that it measured was measured anew since
         if session["machine"] != machine:
             machine = session["machine"]
             lines.append(f"on {machine_line(machine)}:")
         how = f"{session['jobs']} cells at a time, one thread each; commit {session['commit']}"
-        lines.append(f"{session['started']}: `{session['command']}` ({how})")
+        lines.append(f"{session['started']}: `{session['command']}` ({how}; {rows[session['started']]} rows)")
     lines.append(
         f"**{done} of {sum(content['runs'].values())} runs are there**; the next session goes on with the others"
     )

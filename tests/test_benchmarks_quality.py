@@ -42,7 +42,7 @@ def row(right: str = "10", loss: float = 0.5, **changes: Any) -> dict[str, Any]:
         "parameters": 1234567,
     }
     chosen = {"best_epoch": 3.0, "validation_loss": loss, "validation_accuracy": 0.6}
-    return {**cell(**changes), **scores, **chosen}
+    return {**scores, **chosen, "session": "today", **cell(**changes)}
 
 
 def test_every_study_has_options_that_the_command_line_takes():
@@ -143,7 +143,9 @@ def test_a_restart_runs_only_what_is_missing(fake, tmp_path):
     assert quality.main(arguments) == 0
     content = json.loads(output.read_text(encoding="utf-8"))
     assert len(fake) == len(content["rows"]) == 9
-    assert content["sessions"][0]["jobs"] == 2
+    (session,) = content["sessions"]
+    assert session["jobs"] == 2
+    assert {found["session"] for found in content["rows"]} == {session["started"]}
     before = output.read_bytes()
     assert quality.main(arguments) == 0
     assert (len(fake), output.read_bytes()) == (9, before)

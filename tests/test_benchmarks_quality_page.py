@@ -86,6 +86,7 @@ def content_of(rows: list[dict[str, Any]], **runs: int) -> dict[str, Any]:
         "sessions": [
             {**session, "machine": machine},
             {**session, "started": "tomorrow", "machine": machine | {"cpu": "Another", "amx": True}},
+            {**session, "started": "in vain", "machine": machine | {"cpu": "A third"}},
         ],
         "runs": planned | {"ablations / sotu-era / reberta / carry none": 1},
         "corpora": dict.fromkeys(("sotu-era", "brown-15", "order"), facts),
@@ -100,9 +101,8 @@ def page_of(rows: list[dict[str, Any]]) -> str:
 def test_page_of_one_cell():
     text = page_of([row("10")])
     assert "| reberta | 0.500 (1 of 2) |  |" in text
-    session = "`python -m benchmarks.quality` (2 cells at a time, one thread each; commit abc)"
-    assert f"- on A CPU, 2 cores, 25 GB, AVX512, no AMX:\n- today: {session}" in text
-    assert f"- on Another, 2 cores, 25 GB, AVX512, AMX:\n- tomorrow: {session}" in text
+    session = "`python -m benchmarks.quality` (2 cells at a time, one thread each; commit abc; 1 rows)"
+    assert f"- on A CPU, 2 cores, 25 GB, AVX512, no AMX:\n- today: {session}\n- **1" in text
     planned = sum(content_of([])["runs"].values())
     assert planned > 1
     assert f"- **1 of {planned} runs are there**" in text
@@ -113,6 +113,14 @@ def test_page_of_one_cell():
     assert "leaderboard, sotu-era, all: `--model_path e --epochs 8 --alpha 1`" in text
     for absent in ("against each", "Ablations", "Synthetic", "brown-15 |", "best baseline"):
         assert absent not in text
+
+
+def test_page_names_the_sessions_whose_rows_it_shows():
+    text = page_of([row("10"), row("01", fold=1, session="tomorrow"), row("01", model="mean", session="tomorrow")])
+    how = "`python -m benchmarks.quality` (2 cells at a time, one thread each; commit abc"
+    assert f"- on A CPU, 2 cores, 25 GB, AVX512, no AMX:\n- today: {how}; 1 rows)" in text
+    assert f"- on Another, 2 cores, 25 GB, AVX512, AMX:\n- tomorrow: {how}; 2 rows)" in text
+    assert "in vain" not in text
 
 
 def test_page_without_rows():
