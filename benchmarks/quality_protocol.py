@@ -147,14 +147,20 @@ SYNTHETIC_OPTIONS: Options = {
     "max_windows": max(synthetic_suite.DISTANCES) + 7,
 }
 SYNTHETIC_LRS = (5e-5,)
-SYNTHETIC_MODELS: dict[tuple[str, str], Options] = {
-    (OURS, ""): {"model_type": "reberta", "carry": "gru"},
-    ("mean", ""): {"model_type": "mean"},
-    ("max", ""): {"model_type": "max"},
-    ("tobert", ""): {"model_type": "tobert"},
-    ("head", ""): {"model_type": "head", "window_size": 2 * synthetic_suite.WINDOW_SIZE, "max_windows": None},
-    (OURS, "carry none"): {"model_type": "reberta", "carry": "none"},
-    (OURS, "carry gated"): {"model_type": "reberta", "carry": "gated"},
+TWO_WINDOWS: Options = {"window_size": 2 * synthetic_suite.WINDOW_SIZE, "max_windows": None}
+SYNTHETIC_MODELS: dict[tuple[str, str], Model] = {
+    (OURS, ""): Model({"model_type": "reberta", "carry": "gru"}, SYNTHETIC_LRS),
+    ("mean", ""): Model({"model_type": "mean"}, SYNTHETIC_LRS),
+    ("max", ""): Model({"model_type": "max"}, SYNTHETIC_LRS),
+    ("tobert", ""): Model({"model_type": "tobert"}, SYNTHETIC_LRS),
+    ("head", ""): Model({"model_type": "head", **TWO_WINDOWS}, SYNTHETIC_LRS),
+    ("head_tail", ""): Model({"model_type": "head_tail", **TWO_WINDOWS}, SYNTHETIC_LRS),
+    ("random_windows", ""): Model({"model_type": "random_windows", "max_windows": 4}, SYNTHETIC_LRS),
+    ("transformer", ""): Model({"model_type": "transformer", "fresh_lr_factor": 1, "epochs": 10}, (1e-3,)),
+    (OURS, "carry none"): Model({"model_type": "reberta", "carry": "none"}, SYNTHETIC_LRS),
+    (OURS, "carry gated"): Model({"model_type": "reberta", "carry": "gated"}, SYNTHETIC_LRS),
+    # the gates as the leaderboard has them
+    (OURS, "gate_bias -4"): Model({"model_type": "reberta", "carry": "gru", "gate_bias": -4}, SYNTHETIC_LRS),
 }
 
 
@@ -238,9 +244,9 @@ def ablation_study(corpus: str, variant: str) -> Study:
 
 
 def synthetic_study(task: str, model: str, variant: str) -> Study:
-    options = flags({**COMMON, **SYNTHETIC_OPTIONS, **SYNTHETIC_MODELS[model, variant]})
-    runs = SYNTHETIC_RUNS
-    return Study(SYNTHETIC, task, model, variant, SYNTHETIC_ENCODER, options, SYNTHETIC_LRS, runs)
+    made = SYNTHETIC_MODELS[model, variant]
+    options = flags({**COMMON, **SYNTHETIC_OPTIONS, **made.options})
+    return Study(SYNTHETIC, task, model, variant, SYNTHETIC_ENCODER, options, made.grid, SYNTHETIC_RUNS)
 
 
 def studies(tables: Sequence[str] = (), corpora: Sequence[str] = (), models: Sequence[str] = ()) -> list[list[Study]]:

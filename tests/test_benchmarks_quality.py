@@ -77,8 +77,8 @@ def small(monkeypatch) -> None:
     models = {name: protocol.MODELS[name] for name in ("reberta", "head", "tfidf-svm")}
     models |= {name: models[name]._replace(grid=(5e-5, 1e-4)) for name in ("reberta", "head")}
     changes = {"CORPORA": corpora, "MODELS": models, "ABLATED": {"sotu-era": ((1, 0),)}}
-    changes |= {"VARIANTS": {"carry none": {"carry": "none"}}, "SYNTHETIC_LRS": (1e-3,)}
-    changes |= {"SYNTHETIC_MODELS": {("reberta", ""): {"model_type": "reberta"}}}
+    changes |= {"VARIANTS": {"carry none": {"carry": "none"}}}
+    changes |= {"SYNTHETIC_MODELS": {("reberta", ""): protocol.Model({"model_type": "reberta"}, (1e-3,))}}
     for name, value in changes.items():
         monkeypatch.setattr(protocol, name, value)
 
