@@ -35,11 +35,12 @@ class Corpus(NamedTuple):
 
 
 class Model(NamedTuple):
-    """`everywhere`: on each corpus, or on SMALLEST alone."""
+    """`everywhere`: on each corpus, or on SMALLEST alone. It is trained for `longer` times a corpus's epochs."""
 
     options: Options
     grid: tuple[float | None, ...]
     everywhere: bool = True
+    longer: int = 1
 
 
 ENCODER = "models/pretrained/minilm-l6"
@@ -51,7 +52,7 @@ COMMON: Options = {
     "log_steps": 50,
     "device": "cpu",
 }
-LRS = (3e-6, 1e-5, 3e-5)
+LRS = (3e-5, 1e-4, 3e-4)
 LRS_FROM_SCRATCH = (5e-4, 1e-3, 2e-3)
 WINDOW_SIZE = 128
 ALL_WINDOWS = 80  # of WINDOW_SIZE tokens, which validation and test read at most
@@ -61,7 +62,7 @@ SEEDS = tuple((0, seed) for seed in range(3))
 # Each window is to tell the label, too: many more examples than there are documents. It lowers the log loss of a probe
 # on all three corpora, in cross-validation within training and validation documents of the first fold (docs/LOG.md)
 SOME_WINDOWS: Options = {
-    "epochs": 2,
+    "epochs": 8,
     "probe_epochs": 4,
     "window_size": WINDOW_SIZE,
     "max_windows": ALL_WINDOWS,
@@ -74,7 +75,8 @@ NO_WINDOW_LOSS: Options = {"window_loss": None}
 # What stands for a window, for all models alike: of [CLS] and the mean of tokens, after layers 2, 4, 5 and 6, what
 # gives a linear probe of the encoder as it is the lowest log loss on the first fold's validation set (docs/LOG.md)
 STYLE: Options = {"pooling": "mean", "encoder_layers": 4}
-TOPIC: Options = {"pooling": "mean", "probe_epochs": 1}  # 8 windows hold most of its documents
+# 8 windows hold most of its documents, which are many
+TOPIC: Options = {"pooling": "mean", "probe_epochs": 1, "epochs": 4}
 CORPORA = {
     "sotu-era": Corpus("sotu-era", FOLDS, SOME_WINDOWS),
     "brown-15": Corpus("brown-15", FOLDS, {**SOME_WINDOWS, **STYLE}),
@@ -82,25 +84,30 @@ CORPORA = {
 }
 
 SMALLEST = "sotu-era"  # in tokens; variants of other models are only tried there
-ONE_WINDOW: Options = {"epochs": 5, "window_size": None, "max_windows": None, "train_windows": None, **NO_WINDOW_LOSS}
+ONE_WINDOW: Options = {"window_size": None, "max_windows": None, "train_windows": None, **NO_WINDOW_LOSS}
+AS_MANY_TOKENS = 2  # one window of 512 tokens in place of 8 of 128
 MODELS = {
     # with gates all but closed its probe is the one of its mean of windows; at the encoder's rate, or at ten times
     # that, its fresh memory undoes what fine-tuning gains over the probe
     OURS: Model({"model_type": "reberta", "carry": "gru", "fresh_lr_factor": 0.1, "gate_bias": -4}, LRS),
     "mean": Model({"model_type": "mean"}, LRS),
     "tobert": Model({"model_type": "tobert", **NO_WINDOW_LOSS}, LRS),
-    "head": Model({"model_type": "head", **ONE_WINDOW}, LRS),
+    "head": Model({"model_type": "head", **ONE_WINDOW}, LRS, longer=AS_MANY_TOKENS),
     LINEAR: Model({}, (None,)),
     "max": Model({"model_type": "max"}, LRS, everywhere=False),
-    "head_tail": Model({"model_type": "head_tail", **ONE_WINDOW}, LRS, everywhere=False),
-    "random_windows": Model(  # as many tokens as one window of 512
-        {"model_type": "random_windows", "epochs": 5, "max_windows": 4, "train_windows": None}, LRS, everywhere=False
+    "head_tail": Model({"model_type": "head_tail", **ONE_WINDOW}, LRS, everywhere=False, longer=AS_MANY_TOKENS),
+    "random_windows": Model(
+        {"model_type": "random_windows", "max_windows": 4, "train_windows": None},
+        LRS,
+        everywhere=False,
+        longer=AS_MANY_TOKENS,
     ),
     "mean-last-2-layers": Model({"model_type": "mean", "freeze_except_last": 2}, LRS, everywhere=False),
     "transformer": Model(
-        {"model_type": "transformer", "fresh_lr_factor": 1, "epochs": 25, "probe_epochs": None, **NO_WINDOW_LOSS},
+        {"model_type": "transformer", "fresh_lr_factor": 1, "probe_epochs": None, **NO_WINDOW_LOSS},
         LRS_FROM_SCRATCH,
         everywhere=False,
+        longer=3,
     ),
 }
 
@@ -222,7 +229,7 @@ def with_windows(options: Options) -> dict[str, Any]:
 
 def leaderboard_study(corpus: str, model: str) -> Study:
     plan, made = CORPORA[corpus], MODELS[model]
-    options = {**COMMON, **plan.options, **made.options}
+    options = {**COMMON, **plan.options, "epochs": plan.options["epochs"] * made.longer, **made.options}
     text, runs = flags(options), plan.runs
     if model == LINEAR:
         text = ", ".join(f"{name} {value}" for name, value in LINEAR_OPTIONS.items())
