@@ -19,6 +19,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 
 from contradictions import contradictions
 from presets import with_preset
@@ -62,6 +63,7 @@ class RunOptions(Options):
     max_memory: str | None = Field(
         None,
         pattern=r"^(auto|\d+(\.\d+)?[KMG]i?B)$",
+        examples=["12GB", "800MiB", "auto"],
         description="memory that training may use, e.g. 12GB, 800MiB or auto (what is free): it is measured what fits, "
         "and memory level and documents at a time are chosen to suit (no planning if absent)",
     )
@@ -81,6 +83,7 @@ class DataOptions(Options):
     shard: str | None = Field(
         None,
         pattern=r"^[1-9][0-9]{0,8}/[1-9][0-9]{0,8}$",
+        examples=["1/4"],
         description="mode predict: do the I-th of N shares only, e.g. 1/4 (torchrun shares out by itself)",
     )
     sample_data: int | None = Field(None, ge=1, description="take so many documents of each set, stratified by label")
@@ -303,7 +306,7 @@ def _validate(values: dict[str, Any], faults: list[str]) -> Settings:
         settings = Settings(**values)
     except ValidationError as error:
         wrong = {str(fault["loc"][0]) for fault in error.errors()}
-        faults += [_say(fault["loc"], fault["msg"], fault["input"]) for fault in error.errors()]
+        faults += map(_say, error.errors())
         settings = Settings(**{name: value for name, value in values.items() if name not in wrong})
     settings, refused = with_preset(settings)
     faults += refused + contradictions(settings)
@@ -312,10 +315,13 @@ def _validate(values: dict[str, Any], faults: list[str]) -> Settings:
     return settings
 
 
-def _say(location: tuple[int | str, ...], message: str, value: Any) -> str:
+def _say(fault: ErrorDetails) -> str:
+    name, value, message = str(fault["loc"][0]), fault["input"], fault["msg"]
     # aliases of YAML can nest without end
     shown = reprlib.repr(value)[:100] if isinstance(value, (list, dict)) else value
-    return f"--{location[0]} {shown}: {message[0].lower()}{message[1:]}"
+    if fault["type"] == "string_pattern_mismatch":
+        message = f"must look like {' or '.join(Settings.model_fields[name].examples or [])}"
+    return f"--{name} {shown}: {message[0].lower()}{message[1:]}"
 
 
 def _unknown(word: str) -> str:

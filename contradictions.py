@@ -13,6 +13,10 @@ def contradictions(settings: Settings) -> list[str]:
     said = settings.model_fields_set
     rules = [
         (
+            settings.train_windows is not None and settings.train_windows > settings.max_windows,
+            "--train_windows is more than --max_windows: no document has so many to draw from",
+        ),
+        (
             settings.mode == "evaluate" and settings.model_path is None,
             "--mode evaluate needs --model_path: the checkpoint to evaluate, a .pt file or a folder",
         ),

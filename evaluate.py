@@ -22,7 +22,7 @@ from evaluation_utils import evaluate_model
 from models.checkpoint import load_all
 from models.quantization import quantize_int8
 from models.reberta import RecurrentRoBERTa
-from models.registry import READING
+from models.registry import READING, learned_settings, refuse_other_architecture
 from models.transformer import TransformerClassifier
 from processes import join_processes
 from utils import (
@@ -37,6 +37,8 @@ from utils import (
     mixed_precision_type,
     setup_logging,
 )
+
+PREDICTIONS = "predictions.csv"
 
 
 @error_handler()
@@ -63,6 +65,8 @@ def evaluate(settings: Settings) -> dict[str, Any]:
         num_workers=settings.num_workers,
         pin_memory=reader.device.type == "cuda",
     )
+    if is_main_process() and not settings.save_predictions:
+        (folder / PREDICTIONS).unlink(missing_ok=True)  # those of an earlier report into this folder
     texts = reader.training_texts
     overlap = None if texts is None else warn_of_overlap(dataset, "test", texts)
     with reader.autocast():
@@ -76,7 +80,7 @@ def evaluate(settings: Settings) -> dict[str, Any]:
             temperature=reader.model.config.calibration_temperature,
             thresholds=reader.model.config.thresholds,
             max_window_failures=settings.max_window_failures,
-            predictions_path=folder / "predictions.csv" if settings.save_predictions else None,
+            predictions_path=folder / PREDICTIONS if settings.save_predictions else None,
             overlap_with_training=overlap,
         )
     if is_main_process():
@@ -112,21 +116,19 @@ def load_reader(settings: Settings, device: torch.device) -> Reader:
     """The checkpoint of `--model_path` as the settings want it computed.
 
     Raises:
-        ConfigError: 8 bits on a GPU, or windows that its encoder cannot read.
+        ConfigError: 8 bits on a GPU, windows that its encoder cannot read, or options of another model.
         ModelError: it cannot be loaded.
     """
     assert settings.model_path is not None
     if settings.int8 and device.type != "cpu":
         raise ConfigError("--int8 computes on a CPU only; give --device cpu with it")
     checkpoint, tokenizer, training_texts = load_all(settings.model_path)
-    written = {"read": "first", **checkpoint.settings}  # models of before that option have none
-    learned = {
-        name: written[name]
-        for name in (*READING, "text_column", "label_column")
-        if name not in settings.model_fields_set
-    }
-    learned["problem_type"] = checkpoint.settings["problem_type"]
-    learned = Settings(**learned).model_dump(include=set(learned))  # anyone may have written them
+    refuse_other_architecture(settings.model_path, checkpoint.model, settings)
+    written = checkpoint.settings
+    for name in ("model_type", "problem_type"):
+        if name in settings.model_fields_set and written[name] != getattr(settings, name):
+            raise ConfigError(f"{settings.model_path} was trained with --{name} {written[name]}; leave it out")
+    learned = learned_settings(written, settings, (*READING, "text_column", "label_column", "problem_type"))
     if settings.int8:
         learned["batch_size"] = 1  # in 8 bits, batch mates would share their scale
     settings = settings.model_copy(update=learned)

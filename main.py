@@ -53,16 +53,22 @@ def dispatch(settings: Settings) -> None:
 
         export(settings)
     else:
+        from data_utils.readers import expand_paths
         from train import train
         from train_by_steps import train_by_steps
 
+        test_path = settings.test_path or DEFAULT_TEST_PATH
+        if settings.mode == "train_and_evaluate":
+            expand_paths(test_path)  # raises where there is none, which is better known before training
+            if "train_path" in settings.model_fields_set and settings.test_path is None:
+                logger.warning("--test_path is not given: test documents are those of %s", ", ".join(test_path))
         trained = train(settings) if settings.total_steps is None else train_by_steps(settings)
         if settings.mode == "train_and_evaluate":
             from evaluate import evaluate
 
             of_best_model = {
                 "model_path": str(trained.best_model / "model.pt"),
-                "test_path": settings.test_path or DEFAULT_TEST_PATH,
+                "test_path": test_path,
                 "output_dir": str(trained.run_folder / "evaluation"),
             }
             evaluate(settings.model_copy(update=of_best_model))

@@ -12,6 +12,7 @@ from pathlib import Path
 from utils import ModelError
 
 PRETRAINED = Path(__file__).parent / "models" / "pretrained"
+RUN_STATUS = "status.json"
 MOST = {"num_hidden_layers": 1000, "num_labels": 100_000}
 
 
@@ -19,15 +20,26 @@ def find_encoder(name: str | Path) -> str:
     """Where transformers finds an encoder: a folder, else one below models/pretrained, else a name on the hub.
 
     Raises:
-        ModelError: the folder's configuration is none, names numbers beyond measure or weights elsewhere.
+        ModelError: it is a run's folder, or one whose configuration is none, names numbers beyond measure or weights
+            elsewhere.
     """
     local = PRETRAINED / name
     found = local if not Path(name).exists() and local.is_dir() else Path(name)
+    refuse_run_folder(found)
     if (found / "config.json").is_file():
         _check_config(found / "config.json")
     for index in found.glob("*.index.json"):
         _check_index(index)
     return str(found)
+
+
+def refuse_run_folder(folder: Path) -> None:
+    """Raises ModelError where a run, or one of its checkpoints, is taken for a model."""
+    run = folder.resolve().parent if folder.name.startswith("checkpoint-") else folder.resolve()
+    if (run / RUN_STATUS).is_file():
+        raise ModelError(
+            f"{folder}: is the folder of a run or one of its checkpoints; its best model is models/saved/{run.name}"
+        )
 
 
 def _check_config(path: Path) -> None:

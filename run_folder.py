@@ -3,7 +3,7 @@
 - `settings.json`, `environment.json` (versions, command, seed, hashes of the data), `train.log`, `metrics.jsonl`,
   `learning_curves.png`, `checkpoint-N/`, quarantined lines
 - `status.json`: where the run stands (running, finished, stopped or failed, and at which step) and why it ended
-- `open_run_folder`: a fresh folder, or a run to continue; never one to overwrite
+- `open_run_folder`: a fresh folder, one whose run never made a checkpoint, or a run to continue; never one to overwrite
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from config import Settings
+from pretrained import RUN_STATUS
 from processes import gather
 from run_checkpoints import STATE_FILE, fault, newest_whole, set_aside, step_of
 from utils import (
@@ -44,7 +45,7 @@ from utils import (
     write_text,
 )
 
-SETTINGS_FILE, ENVIRONMENT_FILE, STATUS_FILE = "settings.json", "environment.json", "status.json"
+SETTINGS_FILE, ENVIRONMENT_FILE, STATUS_FILE = "settings.json", "environment.json", RUN_STATUS
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "safetensors", "scikit-learn", "numpy")
 FREE_TO_CHANGE = {
     *("mode", "output_dir", "log_level", "log_steps", "device", "gpu_memory_fraction", "num_workers", "report_to"),
@@ -161,7 +162,7 @@ def _enter(folder: Path, settings: Settings) -> None:
                 f"--resume {named}: is no checkpoint of a run (a folder checkpoint-N inside of a run folder)"
             )
         _refuse_other_settings(f"--resume {named}", named.parent, settings)
-    if _holds_files(folder):
+    if any(folder.glob("checkpoint-*")):  # without one, a run whose options were wrong is started anew
         if settings.resume == "never":
             raise ConfigError(
                 f"--output_dir {folder}: holds a run; give another folder, or --resume auto to continue it"

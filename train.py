@@ -21,6 +21,7 @@ from transformers import (
     EarlyStoppingCallback,
     PreTrainedTokenizerBase,
     PrinterCallback,
+    ProgressCallback,
     TrainingArguments,
     set_seed,
 )
@@ -33,14 +34,20 @@ from data_utils.readers import expand_paths
 from engine import Data, EngineCallback, MetricsCallback, ReBertaTrainer
 from linear_probe import fit_head
 from memory_plan import plan_memory
-from models.checkpoint import is_checkpoint, load_checkpoint_tokenizer, load_training_texts
-from models.registry import build_model
+from models.checkpoint import (
+    is_checkpoint,
+    load_checkpoint_tokenizer,
+    load_model_and_config,
+    load_training_texts,
+)
+from models.registry import build_model, learned_settings
 from objective import Objective
 from processes import join_processes, said_once
 from run_folder import RunFolder, open_run_folder
 from utils import (
     ConfigError,
     DataError,
+    DataFormatError,
     StoppedError,
     TrainingError,
     clean_gpu_memory,
@@ -82,6 +89,9 @@ def fit(settings: Settings, *, epochs: int | None = None, steps: int | None = No
         ConfigError, DataError, ModelError, TrainingError: as the stage that fails says it.
     """
     device = join_processes(get_device(settings.device))
+    if settings.model_path is not None and is_checkpoint(settings.model_path):  # go on reading as it does
+        saved = load_model_and_config(settings.model_path)
+        settings = settings.model_copy(update=learned_settings(saved.settings, settings))
     with open_run_folder(settings) as (run, resume_from):
         set_seed(settings.seed)
         with PartialState().main_process_first():  # it prepares the data, and what is wrong is said once
@@ -116,7 +126,15 @@ def load_data(settings: Settings, run: RunFolder) -> Data:
         quarantine_path=run.quarantine("train"),
         **options,
     )
+    if settings.problem_type == "single_label" and len(train_set.label_names) < 2:
+        raise DataFormatError(
+            f"{', '.join(map(str, expand_paths(settings.train_path)))}: all {len(train_set)} documents have the label "
+            f"{train_set.label_names[0]!r}; two labels at least are needed; is --label_column {settings.label_column} "
+            "the right one?"
+        )
     options |= {"label_names": train_set.label_names}
+    if "train_path" in settings.model_fields_set and "val_path" not in settings.model_fields_set:
+        logger.warning("--val_path is not given: validation documents are those of %s", ", ".join(settings.val_path))
     validation_set = LongTextDataset(settings.val_path, quarantine_path=run.quarantine("validation"), **options)
     if is_main_process():
         run.record_data([*expand_paths(settings.train_path), *expand_paths(settings.val_path)])
@@ -168,6 +186,8 @@ def build_trainer(
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ConfigError("FSDP and DeepSpeed are not supported: start with torchrun, which trains by DDP")
     trainer.remove_callback(PrinterCallback)
+    if trainer.pop_callback(ProgressCallback) is not None:
+        trainer.add_callback(_Progress)
     trainer.add_callback(EngineCallback(trainer, resume_from))
     trainer.add_callback(MetricsCallback(run))
     if settings.early_stopping_patience is not None:
@@ -185,6 +205,13 @@ def build_trainer(
         settings.batch_size * settings.gradient_accumulation_steps * trainer.args.world_size,
     )
     return trainer
+
+
+class _Progress(ProgressCallback):
+    """The bars alone: what is logged, the log says."""
+
+    def on_log(self, *arguments: Any, **options: Any) -> None:
+        pass
 
 
 def _training_arguments(

@@ -35,6 +35,7 @@ from typing import Literal, ParamSpec, TextIO, TypeVar, overload
 import torch
 import transformers
 from safetensors import SafetensorError
+from tqdm import tqdm
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -270,6 +271,12 @@ def setup_logging(level: str = "INFO", log_file: str | Path | None = None) -> lo
 
 
 class _Console(logging.StreamHandler[TextIO]):
+    """Lines of their own, above the progress bars."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
     def handleError(self, record: logging.LogRecord) -> None:
         _raise_lost_worker()
         super().handleError(record)

@@ -62,17 +62,29 @@ class Parts:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.lock:
-            path = self.folder / FINGERPRINT
-            if path.is_file():
-                self._refuse(_read_object(path), f"{self.folder} holds parts that were made otherwise")
+            if self._is_begun():
                 return
             others = [file.name for file in self.folder.iterdir() if not file.name.startswith((TEMPORARY, LOCK))]
             if others:
                 raise ConfigError(f"{self.folder}: holds {others[0]}, which is no part of a prediction; move it away")
-            write_text(path, json.dumps(self.fingerprint, indent=2, ensure_ascii=False) + "\n")
+
+    def _is_begun(self) -> bool:
+        """Whether the folder has a fingerprint, ours. Raises ConfigError where it is another."""
+        path = self.folder / FINGERPRINT
+        if path.is_file():
+            self._refuse(_read_object(path), f"{self.folder} holds parts that were made otherwise")
+        return path.is_file()
 
     def write(self, number: int, rows: str, counts: Mapping[str, int]) -> None:
-        """Put part `number` into place."""
+        """Put part `number` into place; before the first one, the fingerprint.
+
+        Raises:
+            ConfigError: another process has begun parts of another making since.
+        """
+        with self.lock:
+            if not self._is_begun():
+                written = json.dumps(self.fingerprint, indent=2, ensure_ascii=False)
+                write_text(self.folder / FINGERPRINT, written + "\n")
         encoded = rows.encode("utf-8")
         head = json.dumps({**counts, "sha256": hashlib.sha256(encoded).hexdigest()})
         with atomic_path(self._path(number)) as temporary:

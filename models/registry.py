@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import nn
@@ -34,6 +34,26 @@ def label_options(settings: Settings, label_names: list[str]) -> dict[str, Any]:
     }
 
 
+def learned_settings(written: Mapping[str, Any], settings: Settings, names: Iterable[str] = READING) -> dict[str, Any]:
+    """What a checkpoint's settings say of these options where no flag says otherwise.
+
+    Raises:
+        ValueError: of pydantic, where they are none; anyone may have written them.
+    """
+    written = {"read": "first", **written}  # models of before that option have none
+    learned = {name: written[name] for name in names if name not in settings.model_fields_set}
+    return Settings(**learned).model_dump(include=set(learned))
+
+
+def refuse_other_architecture(source: str, saved: PreTrainedModel, settings: Settings) -> None:
+    """Raises ConfigError where options are given that contradict how a checkpoint's model is built."""
+    built = {name: getattr(saved.config, name) for name in ARCHITECTURE if hasattr(saved.config, name)}
+    changed = [n for n, value in built.items() if n in settings.model_fields_set and getattr(settings, n) != value]
+    if changed:
+        kept = ", ".join(f"--{name} {built[name]}" for name in changed)
+        raise ConfigError(f"{source} was built with {kept}; leave these options out, or train from an encoder")
+
+
 def build_reberta(settings: Settings, label_names: list[str], tokenizer: PreTrainedTokenizerBase) -> RecurrentRoBERTa:
     """A fresh model around a pretrained encoder, or one that starts from a checkpoint."""
     options = {**reberta_options(settings), **label_options(settings, label_names)}
@@ -44,10 +64,7 @@ def build_reberta(settings: Settings, label_names: list[str], tokenizer: PreTrai
     saved = load_model_and_config(source).model
     if not isinstance(saved, RecurrentRoBERTa):
         raise ConfigError(f"{source} has no encoder: start from one, or go on with --model_type transformer")
-    changed = [name for name in ARCHITECTURE if name in settings.model_fields_set and _differs(saved, settings, name)]
-    if changed:
-        kept = ", ".join(f"--{name} {getattr(saved.config, name)}" for name in changed)
-        raise ConfigError(f"{source} was built with {kept}; leave these options out, or start from an encoder")
+    refuse_other_architecture(source, saved, settings)
     options |= {name: getattr(saved.config, name) for name in ARCHITECTURE}
     model = RecurrentRoBERTa(encoder=saved.config.encoder_config, **options)
     _take_weights(model, saved, source)
@@ -76,10 +93,6 @@ def _take_weights(model: PreTrainedModel, saved: PreTrainedModel, source: str) -
         logger.warning("%s knows other labels: its classifier is replaced by a fresh one", source)
         weights = {name: value for name, value in weights.items() if not name.startswith("classifier.")}
     model.load_state_dict({**model.state_dict(), **weights})
-
-
-def _differs(saved: RecurrentRoBERTa, settings: Settings, name: str) -> bool:
-    return getattr(saved.config, name) != getattr(settings, name)
 
 
 def _memory_level(settings: Settings) -> int | str:

@@ -99,3 +99,113 @@ def test_the_unexpected_shows_its_traceback(fails, monkeypatch):
     assert code == 1
     assert "Traceback" in console
     assert "by chance" in console
+
+
+def test_a_run_that_never_began_is_started_anew_with_other_options(fails):
+    run = "--config tiny.yaml --epochs 1 --output_dir logs/typo"
+    assert fails(f"{run} --train_path nowhere.jsonl")[0] == 3
+    code, console = fails(run)
+    assert code == 0, console
+    code, console = fails(f"{run} --dropout 0.3")
+    assert code == 2
+    assert "holds a run with other settings (--dropout was 0.1, is 0.3)" in console
+
+
+def test_a_missing_test_set_is_known_before_training(fails, project):
+    arguments = "--config tiny.yaml --mode train_and_evaluate --test_path nowhere.jsonl --output_dir logs/no_test"
+    code, console = fails(arguments)
+    assert code == 3
+    assert "nowhere.jsonl" in console
+    assert not (project / "logs" / "no_test").exists()
+
+
+def test_default_sets_beside_data_of_ones_own_are_named(fails):
+    own = "--config tiny.yaml --train_path data/train/train.jsonl --epochs 1 --mode train_and_evaluate"
+    code, console = fails(f"{own} --output_dir logs/own")
+    assert code == 0, console
+    assert "--val_path is not given: validation documents are those of data/evaluation" in console
+    assert "--test_path is not given: test documents are those of data/validation" in console
+
+
+def test_one_label_is_not_enough(project, fails):
+    _bad(project, "one.jsonl", [b'{"text": "w7 w8", "label": "early"}', b'{"text": "w7 w9", "label": "early"}'])
+    code, console = fails("--config tiny.yaml --train_path one.jsonl --val_path one.jsonl --output_dir logs/one")
+    assert code == 3
+    assert "one.jsonl: all 2 documents have the label 'early'; two labels at least are needed" in console
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "hint"),
+    [
+        ("semicolons.csv", "text;label\nw1;early\n", "columns must be separated by commas"),
+        ("lines.csv", '{"text": "w1", "label": "early"}\n', "it looks like JSON Lines: name it .jsonl"),
+        ("headless.csv", f"{'w1 ' * 300},early\n", " ..., early); set --text_column"),
+    ],
+)
+def test_a_header_that_is_none(project, fails, name, content, hint):
+    (project / name).write_text(content)
+    code, console = fails(f"--config tiny.yaml --train_path {name} --val_path {name} --output_dir logs/header")
+    assert code == 3
+    assert hint in console
+    assert len(console) < 1000
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--max_memory 10", "--max_memory 10: must look like 12GB or 800MiB or auto"),
+        ("--shard 3", "--shard 3: must look like 1/4"),
+        ("--train_windows 17", "--train_windows is more than --max_windows"),
+    ],
+)
+def test_options_that_say_what_they_take(fails, option, message):
+    code, console = fails(option)
+    assert code == 2
+    assert message in console
+
+
+def test_what_is_no_model_is_told_by_what_it_is(fails, trained):
+    fails("--config tiny.yaml --epochs 1 --output_dir logs/run")
+    for place in ("logs/run", "logs/run/checkpoint-3"):
+        for arguments in ("--config tiny.yaml --output_dir logs/again", "--mode evaluate --test_path data/validation"):
+            code, console = fails(f"{arguments} --model_path {place}")
+            assert code == 4
+            assert f"{place}: is the folder of a run or one of its checkpoints; its best model is models/saved/run" in (
+                console
+            )
+    code, console = fails(f"--mode evaluate --test_path data/validation --model_path {trained}/model.safetensors")
+    assert code == 4
+    assert f"is part of a saved model; give its folder, {trained}" in console
+
+
+@pytest.mark.parametrize("options", ["--carry none", "--aggregation mean", "--pooling mean"])
+def test_a_checkpoint_is_not_evaluated_as_another_model(fails, trained, options):
+    code, console = fails(f"--mode evaluate --model_path {trained} --test_path data/validation {options}")
+    assert code == 2
+    assert f"was built with {options.split()[0]} " in console
+
+
+def test_a_checkpoint_is_not_evaluated_as_another_type(fails, trained):
+    evaluate = f"--mode evaluate --model_path {trained} --test_path data/validation --output_dir logs/type"
+    for option in ("--model_type mean", "--problem_type multi_label"):
+        code, console = fails(f"{evaluate} {option}")
+        assert code == 2
+        assert f"was trained with {option.split()[0]} " in console
+    code, console = fails(f"{evaluate} --model_type reberta --problem_type single_label --carry gru")
+    assert code == 0, console
+
+
+def test_a_report_holds_no_predictions_of_an_earlier_one(fails, project, trained):
+    evaluate = f"--mode evaluate --model_path {trained} --test_path data/validation --output_dir logs/twice"
+    assert fails(f"{evaluate} --save_predictions")[0] == 0
+    assert (project / "logs" / "twice" / "predictions.csv").is_file()
+    assert fails(evaluate)[0] == 0
+    assert not (project / "logs" / "twice" / "predictions.csv").exists()
+
+
+def test_going_on_from_a_model_reads_as_it_does(fails, project, trained):
+    options = f"--model_path {trained} --epochs 1 --device cpu"
+    for option, windows, name in (("", 4, "as_before"), ("--max_windows 3", 3, "fewer")):
+        assert fails(f"{options} {option} --output_dir logs/{name}")[0] == 0
+        config = json.loads((project / "models" / "saved" / name / "config.json").read_text())
+        assert (config["max_windows"], config["window_size"]) == (windows, 12)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
+import os
+import pty
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import torch
 from safetensors.torch import load_file
 
+from tests.cli.conftest import ROOT
 from tests.conftest import MODEL_CODE
 
 REPORT = {
@@ -92,6 +98,32 @@ def test_train_by_epochs(project, command):
     assert done.returncode == 0, done.stderr
     assert names(project / "logs" / "epochs") == RUN | {"checkpoint-3"}
     assert names(project / "models" / "saved" / "epochs") == MODEL
+
+
+def test_on_a_terminal_each_figure_is_said_once_on_a_line_of_its_own(project):
+    terminal, console = pty.openpty()
+    arguments = "--mode train --config tiny.yaml --epochs 1 --output_dir logs/terminal"
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "main.py", *arguments.split()],
+        cwd=project,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "100"},
+        stdout=console,
+        stderr=console,
+    )
+    os.close(console)
+    said = b""
+    with contextlib.suppress(OSError):  # EIO: the process has ended
+        while part := os.read(terminal, 65536):
+            said += part
+    os.close(terminal)
+    assert process.wait() == 0
+    text = said.decode()
+    assert "3/3" in text  # the bar
+    assert "'grad_norm'" not in text
+    lines = re.split(r"[\r\n]+", text)
+    logged = [line for line in lines if " INFO " in line]
+    assert sum("step 3/3, epoch 1.00: loss " in line for line in logged) == 1
+    assert all(re.match(r"(\x1b\[A)*\d{4}-\d\d-\d\d ", line) for line in logged), logged
 
 
 def test_train_steps(project, command):

@@ -187,6 +187,11 @@ def test_command_line_and_a_machine_without_torch(tmp_path, monkeypatch, capsys)
     run = [sys.executable, "-c", forbid + "runpy.run_path(sys.argv[0], run_name='__main__')", "served/onnx/runner.py"]
     done = subprocess.run([*run, "0.txt", "1.txt", "2.txt"], capture_output=True, text=True, env={"PYTHONPATH": ""})
     assert done.returncode == 0, done.stderr
+    Path("empty.txt").write_text(" ")
+    faulty = subprocess.run([*run, "none.txt", "empty.txt", "2.txt"], capture_output=True, text=True, env={})
+    assert (faulty.returncode, faulty.stdout) == (1, done.stdout.splitlines(keepends=True)[2])
+    assert [line.split(": ")[1] for line in faulty.stderr.splitlines()] == ["none.txt", "empty.txt"]
+    assert subprocess.run(run, capture_output=True, text=True, env={}).stderr == "usage: python runner.py FILE ...\n"
     model.config.update({"max_windows": 3, "max_len": 25})
     results = OnnxReBerta("served/onnx", threads=1).predict(TEXTS)
     rows = [line.split("\t") for line in done.stdout.splitlines()]

@@ -159,6 +159,29 @@ def test_a_folder_that_is_not_ours_is_left_alone(run):
     assert Path("out.csv.parts/photo.jpg").read_bytes() == b"1"
 
 
+def test_what_never_made_a_part_may_be_made_otherwise(run, made):
+    code, console = run("--text_column content")
+    assert code == 3
+    assert "no 'content'" in console
+    assert run()[0] == 0
+    assert made == [0, 1, 2, 3, 4]
+
+
+def test_a_rival_of_another_making_that_began_meanwhile(run, made, monkeypatch):
+    predict_part = predict.predict_part
+
+    def begin_otherwise(reader, part):
+        if part.ids[0] == "corpus-0":
+            Path("out.csv.parts/fingerprint.json").write_text('{"the model": "another"}')
+        return predict_part(reader, part)
+
+    monkeypatch.setattr(predict, "predict_part", begin_otherwise)
+    code, console = run()
+    assert code == 2
+    assert "the model was another" in console
+    assert part_names() == []
+
+
 def test_the_parts_before_a_bad_line_are_kept_for_skip(run, made):
     with Path("corpus.jsonl").open("a") as file:
         file.write("{broken\n")
