@@ -190,7 +190,7 @@ def test_sizes(flag, size):
 
 @pytest.mark.parametrize("flag", ["12", "12 GB", "much", "-1GB", "1e3MB", "12TB"])
 def test_what_is_no_size(flag):
-    with pytest.raises(ConfigError, match=re.escape(f"--max_memory {flag}: string should match")):
+    with pytest.raises(ConfigError, match=re.escape(f"--max_memory {flag}: must look like")):
         parse_settings([f"--max_memory={flag}"])
 
 

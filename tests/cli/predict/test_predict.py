@@ -183,7 +183,7 @@ def test_a_full_disk(run, made, monkeypatch):
         ("--mode predict", "--mode predict needs --model_path"),
         ("--mode predict --output_path out.xlsx", "--output_path out.xlsx: must end in .csv or .jsonl"),
         ("--mode predict --shard 5/4", "--shard 5/4: I/N is the I-th of N"),
-        ("--mode predict --shard 0/4", "--shard 0/4: string should match"),
+        ("--mode predict --shard 0/4", "--shard 0/4: must look like"),
         ("--mode predict --sample_data 5", "--sample_data does not go with --mode predict"),
         ("--mode predict --output_dir logs", "--output_dir does not go with --mode predict"),
         ("--mode evaluate --shard 1/4", "--shard belongs to --mode predict, not evaluate"),
