@@ -47,7 +47,7 @@ from typing import NamedTuple, TypedDict
 
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.report import markdown_table
+from benchmarks.report_tables import markdown_table
 from data import make_sotu
 from data_utils.analysis import analyze
 from data_utils.overlap import text_hash

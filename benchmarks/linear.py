@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from benchmarks import common, corpora
 from benchmarks.corpora import LONG, SPLITS, Document, load_split
-from benchmarks.report import Row, markdown_table, unique
+from benchmarks.report_tables import Row, markdown_table, unique
 
 C_GRID = (1, 3, 0.3, 10, 0.1, 30)
 OPTIONS = {"features": "words, sublinear tf, idf, length 1", "C": list(C_GRID), "scikit-learn": sklearn.__version__}

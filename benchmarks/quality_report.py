@@ -28,7 +28,7 @@ from benchmarks.quality_statistics import (
     search,
     validation_loss,
 )
-from benchmarks.report import Content, Row, machine_line, markdown_table, number
+from benchmarks.report_tables import Content, Row, machine_line, markdown_table, number
 from evaluation_utils import LENGTH_EDGES
 
 Key = tuple[str, str, str, str]  # table, corpus, model, variant

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.stats import bootstrap
 
-from benchmarks.report import Row
+from benchmarks.report_tables import Row
 
 RESAMPLES = 10_000
 STUDY = ("table", "corpus", "model", "variant")

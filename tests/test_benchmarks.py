@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import memory, memory_cell, peers, report, speed
+from benchmarks import memory, memory_cell, peers, report, report_tables, speed
 from models.reberta import RecurrentRoBERTa
 from utils import ConfigError
 
@@ -316,7 +316,7 @@ def test_speed_table_ratios_and_shares():
         ],
         "rows": [row("ReBerta", 0.5), row("full attention", 1.25)],
     }
-    table = report.speed_table(content)
+    table = report_tables.speed_table(content)
     assert "| 512 | fp32 | ReBerta | 1,024 | 1.00 | 50% | 3 |" in table
     assert "| 512 | fp32 | full attention | 410 | 2.50 | 20% | 3 |" in table
     assert "Roofline, fp32, GFLOP/s at start and end: 4, 2, 1." in table

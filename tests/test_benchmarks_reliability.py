@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import kills, report, runs, stress
+from benchmarks import kills, report, report_tables, runs, stress
 from benchmarks.runs import ONE, Run
 
 
@@ -194,7 +194,7 @@ def results(tmp_path, monkeypatch) -> Path:
 
 
 def test_the_page_of_reliability_waits_for_all_its_results(results):
-    strike = {"scenario": "SIGKILL", "processes": ONE, **dict.fromkeys(report.STRIKES, 1)}
+    strike = {"scenario": "SIGKILL", "processes": ONE, **dict.fromkeys(report_tables.STRIKES, 1)}
     rows = [
         {**strike, "starts": 4, "exit codes": [-9, -9, -9], "faults": []},
         {**strike, "starts": 4, "exit codes": [-9, -9, -9], "faults": ["other weights"]},
