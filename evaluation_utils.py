@@ -25,14 +25,16 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from calibration import calibration_error, claims, confidences, log_losses, predicted_labels, probabilities
+from config import Settings
 from data_utils.predictions import harmless, label_cell
 from figure_text import display_width, shorten
-from processes import gather
+from processes import gather, said_once
 from utils import DataError, ModelError, TrainingError, atomic_path, error_handler, is_main_process, logger, write_text
 from visualization_utils import save_class_metrics, save_confusion_matrix, save_reliability
 
 LENGTH_EDGES = (512, 1024, 2048, 4096, 8192, 16384)
-MOST_NAMES = 20  # failures that are named; all are counted
+MOST_NAMES = 20  # failures that are named in a log or report; all are counted
+MAX_WINDOW_FAILURES: float = Settings.model_fields["max_window_failures"].default
 MEASURES = ("precision", "recall", "f1")
 CALIBRATED = {"log_loss": "log loss", "ece": "calibration error", "ece_classwise": "error by class"}
 
@@ -48,9 +50,12 @@ class Prediction:
     index: np.ndarray
     """[n] places in the data set, ascending."""
     windows: int
-    failed_windows: int
     failures: list[tuple[int, int]]
-    """Place of the document and number of the window, of the first `MOST_NAMES` windows that failed."""
+    """Place of the document and number of the window, of the windows that failed."""
+
+    @property
+    def failed_windows(self) -> int:
+        return len(self.failures)
 
 
 def predict(model: nn.Module, data_loader: DataLoader, device: torch.device | str) -> Prediction:
@@ -97,8 +102,7 @@ def predict(model: nn.Module, data_loader: DataLoader, device: torch.device | st
         labels=torch.cat(all_labels)[order_n].numpy() if labels else None,
         index=index_n[order_n].numpy(),
         windows=sum(all_windows),
-        failed_windows=sum(map(len, all_failed)),
-        failures=sorted(chain(*all_failed))[:MOST_NAMES],
+        failures=sorted(chain(*all_failed)),
     )
 
 
@@ -184,10 +188,10 @@ def evaluate_model(
     label_names: Sequence[str],
     log_dir: str | Path,
     *,
-    problem_type: str = "single_label",
-    temperature: float = 1.0,
+    problem_type: str | None = None,
+    temperature: float | None = None,
     thresholds: Sequence[float] | None = None,
-    max_window_failures: float = 1.0,
+    max_window_failures: float = MAX_WINDOW_FAILURES,
     predictions_path: str | Path | None = None,
     ids: Sequence[str] | None = None,
     token_counts: Sequence[int] | np.ndarray | None = None,
@@ -197,8 +201,9 @@ def evaluate_model(
     """Score `model` on labelled documents and write the report to `log_dir`.
 
     Writes `evaluation_results.txt`, `metrics.json`, `class_metrics.png`, `confusion_matrix.png`, `reliability.png`, and
-    with `predictions_path` a CSV file: id, label, predicted, confidence, one probability a class. `temperature` and
-    `thresholds` are those of the model's validation data (see `calibration`). `ids`, `token_counts` and
+    with `predictions_path` a CSV file: id, label, predicted, confidence, one probability a class. Problem type,
+    `temperature` and `thresholds` are those that the model's configuration holds, the latter two fitted to its
+    validation data (see `calibration`), where nothing else is given. `ids`, `token_counts` and
     `coverage` (of all documents, by their place in the data set) are the data set's own where it has them.
     `overlap_with_training` is how many of the documents the model was trained on, where that is known.
 
@@ -212,6 +217,11 @@ def evaluate_model(
         TrainingError: a share of more than `max_window_failures` of the windows failed, or all those of a document.
     """
     own: Any = data_loader.dataset
+    config = getattr(model, "config", None)
+    known = getattr(config, "problem_type", None) or "single_label_classification"
+    problem_type = problem_type or known.removesuffix("_classification")
+    temperature = getattr(config, "calibration_temperature", 1.0) if temperature is None else temperature
+    thresholds = getattr(config, "thresholds", None) if thresholds is None else thresholds
     ids = getattr(own, "ids", None) if ids is None else ids
     token_counts = getattr(own, "token_counts", None) if token_counts is None else token_counts
     coverage = own.coverage() if coverage is None and hasattr(own, "coverage") else coverage
@@ -264,35 +274,38 @@ def _checked_labels(
     if classes != len(label_names):
         raise ModelError(f"the model has {classes} classes, but {len(label_names)} label names came with it")
     failures = check_documents(prediction, names)
-    check_share(prediction.failed_windows, prediction.windows, max_window_failures, "; ".join(failures))
+    check_share(prediction.failed_windows, prediction.windows, max_window_failures, failures)
     return prediction.labels.astype(np.int64)
 
 
-def check_documents(prediction: Prediction, names: Mapping[int, str] | Sequence[str]) -> list[str]:
-    """Warn of the windows that failed, and give their names.
+def check_documents(prediction: Prediction, names: Mapping[int, str] | Sequence[str]) -> str:
+    """Warn of the windows that failed, and name them: MOST_NAMES of them, and how many more there are.
 
     Raises:
         TrainingError: nothing could be read of a document: its logits are not finite.
     """
-    failures = [f"{names[i]}, window {window}" for i, window in prediction.failures]
+    failures = [f"{names[i]}, window {window}" for i, window in prediction.failures[:MOST_NAMES]]
     for failure in failures:
         logger.warning("%s: its state is not finite", failure)
+    if more := prediction.failed_windows - len(failures):
+        failures.append(f"and {more:,} more windows")
+        logger.warning("%s: their states are not finite", failures[-1])
     unreadable = prediction.index[~np.isfinite(prediction.logits).all(-1)].tolist()
     if unreadable:
-        raise TrainingError(
+        message = (
             f"logits that are not finite in {len(unreadable)} of {len(prediction.index)} documents: "
             f"{', '.join(names[i] for i in unreadable[:MOST_NAMES])}; "
             "try full precision or --mixed_precision_type bf16, and another checkpoint if that does not help"
         )
-    return failures
+        raise said_once(TrainingError(message))
+    return "; ".join(failures)
 
 
 def check_share(failed: int, windows: int, most: float, which: str) -> None:
     """Raise TrainingError if more than the share `most` of the windows failed."""
     if failed > most * windows:
-        raise TrainingError(
-            f"{failed} of {windows} windows failed, a share over --max_window_failures {most:g}: {which}"
-        )
+        message = f"{failed} of {windows} windows failed, a share over --max_window_failures {most:g}: {which}"
+        raise said_once(TrainingError(message))
 
 
 def _save_predictions(
@@ -341,7 +354,8 @@ def format_report(metrics: Mapping[str, Any]) -> str:
         rows = [(_range(row), f"{row['documents']:,}", *_numbers(row, ("accuracy", "f1_macro"))) for row in by_length]
         parts.append(_table([("tokens", "documents", "accuracy", "F1 macro"), *rows]))
     if failures := metrics["window_failures"]:
-        lines = [f"{failure['document']}, window {failure['window']}" for failure in failures]
+        lines = [f"{failure['document']}, window {failure['window']}" for failure in failures[:MOST_NAMES]]
+        lines += [f"and {more:,} more, which metrics.json names"] if (more := len(failures) - MOST_NAMES) > 0 else []
         parts.append("\n".join(["windows that failed", "-------------------", *lines]))
     return "\n\n".join(parts) + "\n"
 

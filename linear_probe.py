@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from calibration import fit_temperature
 from data_utils.dataset import LongTextDataset, evaluation_loader
 from engine import ReBertaTrainer
+from evaluation_utils import Prediction, check_documents, check_share
 from objective import Objective, window_shares
 from utils import TrainingError, error_handler, logger
 
@@ -76,7 +77,7 @@ def fit_head(trainer: ReBertaTrainer) -> None:
     `--window_loss`. Every process does the same.
 
     Raises:
-        TrainingError: no document of the training or validation set can be read.
+        TrainingError: a document cannot be read, or more windows failed than `--max_window_failures` allows.
     """
     model: Any = trainer.model
     train, settings = trainer.data.train, trainer.settings
@@ -166,18 +167,25 @@ def _read(
     model, device, settings = trainer.model, trainer.args.device, trainer.settings
     loader = evaluation_loader(dataset, settings.batch_size, max_windows_per_batch=settings.max_windows_per_batch)
     model.eval()
-    documents, windows = [], []
+    documents, windows, logits, failures = [], [], [], []
+    read = 0
     for batch in tqdm(loader, desc=what, unit="batch", leave=False, disable=None):
         with torch.no_grad(), trainer.accelerator.autocast():
             output = model(batch["input_ids"].to(device), batch["attention_mask"].to(device))
-        readable_B = output.logits.isfinite().all(-1)
-        labels, index_B = (batch[name].to(device)[readable_B] for name in ("labels", "index"))
-        states_BD = output.hidden_states.document_state.float()[readable_B]
+        labels, index_B = (batch[name].to(device) for name in ("labels", "index"))
+        logits.append(output.logits.float())
+        failures += [
+            (int(index_B[row]), window) for row, window in output.hidden_states.window_failures.nonzero().tolist()
+        ]
+        read += int(batch["attention_mask"].any(-1).sum())
+        states_BD = output.hidden_states.document_state.float()
         documents.append(States(states_BD, labels, torch.ones(len(labels), device=device), index_B))
-        states_BND = output.hidden_states.window_states.float()[readable_B]
+        states_BND = output.hidden_states.window_states.float()
         rows, places, shares = window_shares(states_BND if window_loss else states_BND[:, :0])
         windows.append(States(states_BND[rows, places], labels[rows], window_loss * shares, index_B[rows]))
     found = States.joined(documents), States.joined(windows)
-    if not len(found[0].labels):
-        raise TrainingError(f"{what}: no document could be read; the encoder gives states that are not finite")
+    indices_n = found[0].documents_n.cpu().numpy()
+    prediction = Prediction(torch.cat(logits).cpu().numpy(), None, indices_n, read, sorted(failures))
+    named = check_documents(prediction, dataset.ids)
+    check_share(prediction.failed_windows, read, settings.max_window_failures, named)
     return found

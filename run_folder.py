@@ -162,11 +162,9 @@ def _enter(folder: Path, settings: Settings) -> None:
                 f"--resume {named}: is no checkpoint of a run (a folder checkpoint-N inside of a run folder)"
             )
         _refuse_other_settings(f"--resume {named}", named.parent, settings)
+    if settings.resume == "never" and (folder / SETTINGS_FILE).is_file():
+        raise ConfigError(f"--output_dir {folder}: holds a run; give another folder, or --resume auto to continue it")
     if any(folder.glob("checkpoint-*")):  # without one, a run whose options were wrong is started anew
-        if settings.resume == "never":
-            raise ConfigError(
-                f"--output_dir {folder}: holds a run; give another folder, or --resume auto to continue it"
-            )
         _refuse_other_settings(f"--output_dir {folder}", folder, settings)
     _refuse_to_replace_another_model(RunFolder(folder))
     _write_json(folder / SETTINGS_FILE, settings.model_dump(mode="json"))

@@ -269,8 +269,9 @@ def class_weights(settings: Settings, dataset: LongTextDataset) -> Tensor | None
     if labels.ndim == 2:
         positives = labels.sum(0).clip(min=1)
         return torch.from_numpy((len(labels) - positives) / positives).float()
-    classes = np.arange(len(dataset.label_names))
-    return torch.from_numpy(compute_class_weight("balanced", classes=classes, y=labels)).float()
+    weights, present = torch.ones(len(dataset.label_names)), np.unique(labels)  # --sample_data may leave a class out
+    weights[present] = torch.from_numpy(compute_class_weight("balanced", classes=present, y=labels)).float()
+    return weights
 
 
 @error_handler(error_type=TrainingError)

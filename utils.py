@@ -40,6 +40,9 @@ from tqdm import tqdm
 P = ParamSpec("P")
 R = TypeVar("R")
 
+# What no input should ever raise, where nothing is read that strangers wrote
+BUGS = (AttributeError, NameError, AssertionError, TypeError)
+
 logger = logging.getLogger("reberta")
 
 TEMPORARY = ".writing."  # what names of unfinished files begin with; what a kill leaves of them may be deleted
@@ -117,13 +120,15 @@ def error_handler(
 ) -> Callable[[Callable[P, R]], Callable[P, R | None]]:
     """Wrap a stage so that whatever it raises is one of our errors.
 
-    Our own errors pass through with a note that names the stage; what `expected_error` knows becomes what it says;
-    anything else becomes `error_type`, raised `from` the original. With `reraise=False` the stage returns None instead
-    of raising (for stages whose failure must not end the run, such as a figure).
+    Our own errors pass through with a note that names the stage, and so do BUGS in a stage that computes, whose
+    traceback helps more; what `expected_error` knows becomes what it says; anything else becomes `error_type`, raised
+    `from` the original. With `reraise=False` the stage returns None instead of raising (for stages whose failure must
+    not end the run, such as a figure).
     """
 
     def decorate(stage: Callable[P, R]) -> Callable[P, R | None]:
         name = getattr(stage, "__name__", "stage")
+        bugs = BUGS if error_type in (ReBertaError, TrainingError) else ()
 
         @functools.wraps(stage)
         def wrapped(*args: P.args, **kwargs: P.kwargs) -> R | None:
@@ -131,6 +136,10 @@ def error_handler(
                 return stage(*args, **kwargs)
             except ReBertaError as error:
                 error.args = (_without_worker(str(error)), *error.args[1:])
+                error.add_note(f"in stage {name}")
+                if reraise:
+                    raise
+            except bugs as error:
                 error.add_note(f"in stage {name}")
                 if reraise:
                     raise

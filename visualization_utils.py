@@ -266,15 +266,19 @@ def _finish_curves(axes: Axes, title: str, x_label: str) -> None:
         axes.legend(fontsize=8)
 
 
-def save_length_coverage(token_counts: Sequence[int] | np.ndarray, window_size: int, path: str | Path) -> None:
+def save_length_coverage(
+    token_counts: Sequence[int] | np.ndarray, window_size: int, path: str | Path, window_overlap: int = 0
+) -> None:
     """Draw what share of the documents a number of windows covers whole, and what share of all tokens they hold.
 
-    `token_counts`: content tokens of each document; a window of W tokens holds W - 2 of them.
+    `token_counts`: content tokens of each document; a window of W tokens holds W - 2 of them, `window_overlap` of which
+    the window before it holds, too.
     """
     tokens = np.sort(np.asarray(token_counts, dtype=np.int64))
-    powers = range(max(6, math.ceil(math.log2(max(1, tokens[-1] / (window_size - 2))))) + 1)
+    step = window_size - 2 - window_overlap
+    powers = range(max(6, math.ceil(math.log2(max(1, (tokens[-1] - window_overlap) / step)))) + 1)
     windows = np.arange(1, 2 ** powers[-1] + 1)
-    room = windows * (window_size - 2)
+    room = windows * step + window_overlap
     whole = np.searchsorted(tokens, room, side="right")
     read = np.append(0, tokens.cumsum())[whole] + (len(tokens) - whole) * room
     with _page(path, max(5.2, 0.5 * len(powers)), 3.1, ["DejaVu Sans"]) as (_, axes):

@@ -157,7 +157,8 @@ def write_analysis(report: Mapping[str, Any], output_dir: str | Path) -> None:
     write_text(folder / "analysis.json", json.dumps(plain, indent=2, ensure_ascii=False))
     write_text(folder / "analysis.txt", format_analysis(report))
     token_counts = np.concatenate(list(report["token_counts"].values()))
-    save_length_coverage(token_counts, report["window_size"], folder / "token_lengths.png")
+    path = folder / "token_lengths.png"
+    save_length_coverage(token_counts, report["window_size"], path, report["window_overlap"])
 
 
 def format_analysis(report: Mapping[str, Any]) -> str:

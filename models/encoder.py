@@ -15,8 +15,10 @@ Shapes: B documents, W tokens of a window, D hidden size, H heads, K size of a h
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,9 @@ from .linear import CastWeights, Linear, cast_weights_in_use, using
 ATTENTION = "reberta"
 ROTARY = "reberta_rotary"
 ROTARY_BASE = 10_000.0
+# as BERT, DistilBERT and ModernBERT call them
+HIDDEN_DROPOUT = ("hidden_dropout_prob", "dropout", "embedding_dropout", "mlp_dropout")
+ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")
 
 
 def load_encoder(
@@ -57,13 +62,14 @@ def load_encoder(
         ValueError: it needs code of its own.
     """
     if isinstance(encoder, PreTrainedConfig):
-        config = encoder
+        config = copy.deepcopy(encoder)
     else:
         config = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
     if layers is not None:
         config.num_hidden_layers = min(layers, config.num_hidden_layers)
-    config.hidden_dropout_prob = dropout
-    config.attention_probs_dropout_prob = attention_dropout
+    for names, p in (HIDDEN_DROPOUT, dropout), (ATTENTION_DROPOUT, attention_dropout):
+        for name in filter(partial(hasattr, config), names):
+            setattr(config, name, p)
     options: dict[str, Any] = {"add_pooling_layer": False} if _has_pooler_option(config) else {}
     options["attn_implementation"] = ATTENTION
     if pretrained and not isinstance(encoder, PreTrainedConfig):

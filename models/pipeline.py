@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import Tensor
 from transformers import TextClassificationPipeline
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 CUSTOM_PIPELINES = {
     "text-classification": {
@@ -40,7 +43,16 @@ class ReBertaPipeline(TextClassificationPipeline):
         ids = tokenizer(inputs, **plain, **tokenizer_kwargs)["input_ids"][: config.max_len]
         content = config.window_size - 2
         step = content - config.window_overlap
+        tokens = len(ids)
         ids = _what_is_read(ids, content + (config.max_windows - 1) * step, config.read, content)
+        if len(ids) < tokens:
+            logger.warning(
+                "%d of a document's %d tokens are read: its model takes %d windows of %d tokens",
+                len(ids),
+                tokens,
+                config.max_windows,
+                config.window_size,
+            )
         cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
         starts = range(0, max(1, len(ids) - config.window_overlap), step)
         windows = {"input_ids": [[cls, *ids[start : start + content], sep] for start in starts]}

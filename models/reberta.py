@@ -36,7 +36,15 @@ from .aggregation import AttentionAggregation, EncoderAggregation, TransformerAg
 from .batch import Batch, plan_batch
 from .cell import MemoryCell
 from .configuration import ReBertaConfig
-from .encoder import Dropout, load_encoder, pooled_output, recomputed, token_lookup, use_rotary_positions
+from .encoder import (
+    Dropout,
+    load_encoder,
+    max_window_size,
+    pooled_output,
+    recomputed,
+    token_lookup,
+    use_rotary_positions,
+)
 from .linear import cast_weights, using
 
 try:  # absent where transformers runs a copy of this file that it found beside saved weights
@@ -118,6 +126,7 @@ class RecurrentRoBERTa(PreTrainedModel):
         config.encoder_config = window_encoder.config
         config.check(window_encoder)
         super().__init__(config)
+        self.positions = max_window_size(window_encoder)
         size = window_encoder.config.hidden_size
         if window_encoder.get_input_embeddings().embedding_dim != size:
             raise ConfigError("an encoder whose word embeddings are not of its hidden size cannot carry a state")
@@ -186,21 +195,25 @@ class RecurrentRoBERTa(PreTrainedModel):
             attention_mask: [B, N, W], 1 for tokens; a window whose mask is all zero does not exist.
 
         Raises:
-            ValueError: a document without any window, or more windows than the aggregation takes.
+            ValueError: a document without any window.
+            ConfigError: more tokens in a window, or more windows, than the encoder takes.
         """
-        nothing_failed = torch.zeros_like(attention_mask[:, :, 0], dtype=torch.bool)
-        output = self._classify(input_ids, attention_mask, nothing_failed)
-        failed_BN = output.hidden_states.window_failures
-        if not failed_BN.any():
-            return output
+        if attention_mask.shape[-1] > self.positions:
+            raise ConfigError(f"windows of {attention_mask.shape[-1]} tokens; this encoder takes {self.positions}")
+        failed_BN = torch.zeros_like(attention_mask[:, :, 0], dtype=torch.bool)
+        output = self._classify(input_ids, attention_mask, failed_BN)
         # Read again without them: a replaced state still sends a gradient that is no number through the failed window.
-        exists_BN = attention_mask.any(-1)
-        first_read_BN = (exists_BN & ~failed_BN).cumsum(1) > 0
-        unreadable_B1 = ~first_read_BN.any(1, keepdim=True)
-        readable_BN1 = (first_read_BN | unreadable_B1).unsqueeze(-1)
-        logits, hidden = self._classify(input_ids, attention_mask * readable_BN1, failed_BN)
-        logits = logits.masked_fill(unreadable_B1, torch.nan)
-        return ReBertaOutput(logits, hidden._replace(window_failures=failed_BN))
+        # Under dropout others may fail then.
+        while (output.hidden_states.window_failures & ~failed_BN).any():
+            failed_BN = failed_BN | output.hidden_states.window_failures
+            exists_BN = attention_mask.any(-1)
+            first_read_BN = (exists_BN & ~failed_BN).cumsum(1) > 0
+            unreadable_B1 = ~first_read_BN.any(1, keepdim=True)
+            readable_BN1 = (first_read_BN | unreadable_B1).unsqueeze(-1)
+            logits, hidden = self._classify(input_ids, attention_mask * readable_BN1, failed_BN)
+            hidden = hidden._replace(window_failures=failed_BN | hidden.window_failures)
+            output = ReBertaOutput(logits.masked_fill(unreadable_B1, torch.nan), hidden)
+        return output
 
     def _classify(self, input_ids: Tensor, attention_mask: Tensor, skip_BN: Tensor) -> ReBertaOutput:
         exists_BN = attention_mask.any(-1)
@@ -364,6 +377,11 @@ class RecurrentRoBERTa(PreTrainedModel):
                 return masked_max(states_BND, exists_BN)
             if self.config.aggregation in ("attention", "transformer"):
                 return self.aggregation(states_BND, exists_BN)
+            if states_BND.shape[1] > self.positions - 2:
+                raise ConfigError(
+                    f"{states_BND.shape[1]} windows; aggregation by this encoder takes at most {self.positions - 2}: "
+                    "use another aggregation or fewer windows"
+                )
             first_ids = batch.input_ids[:, 0]
             last_token_B = batch.attention_mask[:, 0].sum(1, keepdim=True) - 1
             cls_B1D = batch.embed(first_ids[:, :1])

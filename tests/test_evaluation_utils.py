@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import evaluation_utils
 from calibration import predicted_labels, probabilities
-from evaluation_utils import MOST_NAMES, classification_metrics, evaluate_model, metrics_by_length, predict
+from evaluation_utils import classification_metrics, evaluate_model, metrics_by_length, predict
 from figure_text import display_width
 from utils import DataError, ModelError, ReBertaError, TrainingError
 
@@ -152,13 +153,13 @@ def test_predict_a_part_of_the_documents():
     assert prediction.labels.tolist() == labels[[1, 4]].tolist()
 
 
-def test_predict_counts_all_failed_windows_and_names_the_first():
+def test_predict_finds_all_failed_windows():
     labels, logits = sample(30)
     dataset = Documents(labels, windows=[2 if i % 2 else 1 for i in range(30)])
     failed = [(i, window) for i in range(30) for window in range(dataset.windows[i])][:25]
     prediction = predict(Table(logits, failed), loader(dataset), "cpu")
     assert prediction.failed_windows == 25
-    assert prediction.failures == failed[:MOST_NAMES]
+    assert prediction.failures == failed
 
 
 def test_predict_without_labels():
@@ -428,6 +429,28 @@ def test_failed_windows_are_reported_by_name(tmp_path, logged):
         "doc-2, window 0: its state is not finite",
         "doc-7, window 1: its state is not finite",
     ]
+
+
+def test_of_many_failed_windows_some_are_named_and_all_are_listed(tmp_path, logged):
+    labels, logits = sample(30)
+    failures = {(document, 0) for document in range(25)}
+    metrics = evaluate_model(
+        Table(logits, failures), loader(Documents(labels)), "cpu", NAMES, tmp_path, max_window_failures=0.5
+    )
+    assert len(metrics["window_failures"]) == metrics["failed_windows"] == 25
+    assert "and 5 more windows: their states are not finite" in logged.messages
+    assert "and 5 more, which metrics.json names" in (tmp_path / "evaluation_results.txt").read_text()
+
+
+def test_what_the_model_carries_is_the_default(tmp_path):
+    labels = np.array([[1, 0, 0], [0, 1, 1], [1, 1, 0]])
+    model = Table(np.array([[2.0, -1, -2], [-2, 1, 0.5], [1, 2, -1]]))
+    model.config = SimpleNamespace(
+        problem_type="multi_label_classification", calibration_temperature=1.7, thresholds=[0.4, 0.5, 0.6]
+    )
+    metrics = evaluate_model(model, loader(Documents(labels)), "cpu", NAMES, tmp_path)
+    assert (metrics["problem_type"], metrics["temperature"]) == ("multi_label", 1.7)
+    assert metrics["thresholds"] == [0.4, 0.5, 0.6]
 
 
 def test_too_many_failed_windows_end_the_run(tmp_path):

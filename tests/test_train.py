@@ -288,6 +288,18 @@ def test_starting_from_a_checkpoint(run):
         run(f"--model_path {first.best_model} --carry residual", "third")
 
 
+@pytest.mark.parametrize("options", ["--carry residual --alpha 0.5", "--global_alpha 0.8"])
+def test_starting_from_a_checkpoint_keeps_its_fixed_weights(run, options):
+    first = run(f"{options} --epochs 1", "first")
+    second = run(f"--model_path {first.best_model} --learning_rate 1e-12 --epochs 1", "second")
+    models = [load_model_and_config(trained.best_model).model.eval() for trained in (first, second)]
+    input_ids = torch.randint(5, 100, (2, 4, 12))
+    logits = [model(input_ids, torch.ones_like(input_ids)).logits for model in models]
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=0)
+    with pytest.raises(ConfigError, match=r"was built with .*alpha"):
+        run(f"--model_path {first.best_model} {options[:-3]}0.3", "third")
+
+
 def test_two_workers_see_the_same_masks(run):
     flags = "--use_augmentation --random_mask_prob 0.3 --epochs 2"
     alone = run(flags, "alone")
@@ -402,6 +414,33 @@ def test_too_many_failed_windows_end_the_run_and_a_few_are_named(run, encoder_fo
         run(f"--model_path {encoder} --max_window_failures 0.001 --epochs 1", "many")
 
 
+def test_windows_that_fail_in_validation_count(run, encoder_folder, tmp_path):
+    encoder = with_a_poisoned_word(encoder_folder, tmp_path / "poisoned", math.inf)
+    for name in ("train", "val"):
+        Path(f"{name}.jsonl").write_text(Path(f"{name}.jsonl").read_text().replace("w50", "w51"))
+    lines = [json.loads(line) for line in Path("val.jsonl").read_text().splitlines()]
+    lines[3]["text"] = "w51 " * 15 + "w50 " + "w51 " * 10
+    Path("val.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    few = run(f"--model_path {encoder} --max_window_failures 0.2 --epochs 1", "few")
+    assert "val-3, window 1: its state is not finite" in (few.run_folder / "train.log").read_text()
+    with pytest.raises(TrainingError, match=r"1 of \d+ windows failed, a share over .* 0.001: val-3, window 1"):
+        run(f"--model_path {encoder} --max_window_failures 0.001 --epochs 1", "many")
+    with pytest.raises(TrainingError, match=r"1 of \d+ windows failed"):
+        run(f"--model_path {encoder} --max_window_failures 0.001 --epochs 1 --probe_epochs 1", "probe")
+
+
+def test_the_failures_of_a_run_shorter_than_an_epoch_are_a_share_of_what_it_reads(run, encoder_folder, tmp_path):
+    encoder = with_a_poisoned_word(encoder_folder, tmp_path / "poisoned", math.inf)
+    for name in ("train", "val"):
+        Path(f"{name}.jsonl").write_text(Path(f"{name}.jsonl").read_text().replace("w50", "w51"))
+    lines = [json.loads(line) for line in Path("train.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["text"] = "w51 " * 15 + "w50 " + "w51 " * 10  # the second of three windows
+    Path("train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(TrainingError, match="step 1: 2 windows of this epoch failed, over --max_window_failures"):
+        run(f"--model_path {encoder} --max_window_failures 0.3 --total_steps 1 --batch_size 2", "short")
+
+
 def test_a_learning_rate_that_explodes_is_an_error(run):
     with pytest.raises(TrainingError, match="not finite"):
         run("--learning_rate 1e30 --gradient_clip_val 0 --num_warmup_steps 0 --optimizer_type sgd")
@@ -452,6 +491,8 @@ def test_balanced_class_weights():
     torch.testing.assert_close(class_weights(settings, Imbalanced(single)), torch.tensor([17 / 22, 17 / 12]))
     torch.testing.assert_close(class_weights(settings, Imbalanced(np.eye(2)[single])), torch.tensor([6 / 11, 11 / 6]))
     assert class_weights(parse_settings([]), Imbalanced(single)) is None
+    without_early = class_weights(settings, Imbalanced(np.ones(5, dtype=int)))  # as --sample_data may leave them
+    torch.testing.assert_close(without_early, torch.ones(2))
 
 
 def test_tensorboard_and_what_is_not_installed(run):

@@ -15,6 +15,7 @@ from matplotlib.image import imread
 
 import figure_text
 import visualization_utils
+from data_utils.windows import capacity
 from visualization_utils import (
     save_class_metrics,
     save_confusion_matrix,
@@ -228,6 +229,16 @@ def test_length_coverage_equals_its_definition(tmp_path, figures):
         assert read[windows] == pytest.approx(sum(min(n, windows * 10) for n in tokens) / sum(tokens))
     assert [tick.get_text() for tick in axes.get_xticklabels()] == [str(2**power) for power in range(8)]
     assert axes.texts[2].get_text() == "83.3%"  # four windows
+
+
+def test_length_coverage_of_windows_that_overlap(tmp_path, figures):
+    tokens = [0, 5, 10, 11, 35, 70]
+    save_length_coverage(tokens, 12, tmp_path / "figure.png", 4)
+    whole, read = (dict(line.get_xydata().tolist()) for line in figures[0].axes[0].lines)
+    for windows in whole:
+        room = capacity(int(windows), 12, 4)
+        assert whole[windows] == pytest.approx(sum(n <= room for n in tokens) / 6)
+        assert read[windows] == pytest.approx(sum(min(n, room) for n in tokens) / sum(tokens))
 
 
 def test_length_coverage_of_short_documents_reaches_64_windows(tmp_path, figures):

@@ -101,6 +101,25 @@ def test_the_unexpected_shows_its_traceback(fails, monkeypatch):
     assert "by chance" in console
 
 
+def test_a_bug_within_a_stage_shows_its_traceback(fails, monkeypatch):
+    def fall(*arguments, **options):
+        raise AttributeError("a bug")
+
+    monkeypatch.setattr("train.build_trainer", fall)
+    code, console = fails("--config tiny.yaml --output_dir logs/bug")
+    assert code == 1
+    assert "Traceback" in console
+    assert "a bug\nin stage fit" in console
+
+
+def test_never_resumed_is_never_replaced(fails):
+    run = "--config tiny.yaml --epochs 1 --output_dir logs/held"
+    assert fails(f"{run} --train_path nowhere.jsonl")[0] == 3
+    code, console = fails(f"{run} --resume never")
+    assert code == 2
+    assert "holds a run; give another folder" in console
+
+
 def test_a_run_that_never_began_is_started_anew_with_other_options(fails):
     run = "--config tiny.yaml --epochs 1 --output_dir logs/typo"
     assert fails(f"{run} --train_path nowhere.jsonl")[0] == 3

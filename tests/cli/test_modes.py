@@ -87,9 +87,10 @@ def test_evaluate_in_int8(project, trained, command):
 def test_evaluate_script(project, trained, command):
     flags = "--save_predictions --mixed_precision --device cpu"
     paths = f"--model_path {trained}/model.pt --test_path data/validation"
+    before = {*(project / "logs").glob("evaluate-*")}
     done = command(project, f"{paths} {flags}", script="evaluate.py")
     assert done.returncode == 0, done.stderr
-    [folder] = (project / "logs").glob("evaluate-*")
+    [folder] = {*(project / "logs").glob("evaluate-*")} - before
     assert names(folder) == REPORT | {"predictions.csv"}
 
 

@@ -165,10 +165,15 @@ def test_a_document_that_fails_in_one_process_ends_both_with_one_message(project
         row["text"] = row["text"].replace("w50", "w51")
     rows[5]["text"] = "w50 " * 9
     (project / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    code, console = run_two(project, f"{TWO} --model_path {encoder} --train_path bad.jsonl --output_dir logs/bad")
-    assert code != 0
-    assert console.count(" ERROR ") == 1
-    assert re.search(r"step \d+: the loss is not finite, .* documents: train-5\.", console), console
+    for probe, message in (
+        (0, r"step \d+: the loss is not finite, .* documents: train-5\."),
+        (1, "logits that are not finite in 1 of 24 documents: train-5;"),
+    ):
+        flags = f"--model_path {encoder} --train_path bad.jsonl --output_dir logs/bad --probe_epochs {probe}"
+        code, console = run_two(project, f"{TWO} {flags}")
+        assert code != 0
+        assert console.count(" ERROR ") == 1
+        assert re.search(message, console), console
     assert json.loads((project / "logs" / "bad" / "status.json").read_text())["state"] == "failed"
 
 

@@ -340,6 +340,27 @@ def test_what_the_encoder_cannot_do_is_a_config_error(encoder_config, options, m
         RecurrentRoBERTa(num_classes=2, encoder=encoder_config, **options)
 
 
+def test_documents_beyond_the_encoders_positions_are_refused(encoder_config):
+    model = build(encoder_config, window_size=64)
+    with pytest.raises(ConfigError, match="windows of 65 tokens; this encoder takes 64"):
+        model(*documents([[5]], window_size=65))
+    with pytest.raises(ConfigError, match="63 windows; aggregation by this encoder takes at most 62"):
+        model(*documents([[5] * 63]))
+    build(encoder_config, aggregation="mean")(*documents([[5] * 63]))
+
+
+def test_a_config_object_stays_as_it_was(encoder_config):
+    before = encoder_config.to_dict()
+    RecurrentRoBERTa(num_classes=2, encoder=encoder_config, window_size=12, encoder_layers=1, dropout=0.33)
+    assert encoder_config.to_dict() == before
+
+
+def test_dropout_reaches_encoders_of_other_shapes():
+    encoder = DistilBertConfig(vocab_size=VOCABULARY, dim=WIDTH, n_layers=2, n_heads=4, hidden_dim=64)
+    model = RecurrentRoBERTa(num_classes=2, encoder=encoder, window_size=12, dropout=0.2)
+    assert {module.p for module in model.encoder.modules() if isinstance(module, torch.nn.Dropout)} == {0.0, 0.2}
+
+
 def test_roberta_takes_512_tokens_not_514():
     encoder = tiny_encoder("roberta")
     encoder.max_position_embeddings = 514

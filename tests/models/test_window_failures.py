@@ -53,6 +53,24 @@ def test_a_document_of_which_nothing_can_be_read_has_no_logits(poisoned):
     assert logits[1].isfinite().all()
 
 
+def test_a_window_that_fails_in_the_second_reading_alone_is_reported_too(encoder_config, monkeypatch):
+    model = build(encoder_config, carry="gated")
+    input_ids, mask = documents([[12, 12, 12, 12]])
+    whole = model._classify
+    fails = iter([[1], [2], []])
+
+    def classify(input_ids, attention_mask, skip_BN):
+        skip_BN = skip_BN.clone()
+        skip_BN[0, next(fails)] = True  # as if dropout had made their states overflow
+        return whole(input_ids, attention_mask, skip_BN)
+
+    monkeypatch.setattr(model, "_classify", classify)
+    hidden = model(input_ids=input_ids, attention_mask=mask).hidden_states
+    assert hidden.window_failures.tolist() == [[False, True, True, False]]
+    assert next(fails, None) is None
+    assert torch.equal(hidden.window_states[0, 2], hidden.window_states[0, 0])
+
+
 def test_gradients_stay_finite(poisoned):
     input_ids, mask = _documents([[12, 12, 12, 12], [12, 9]])
     input_ids[0, 0, 5] = input_ids[0, 2, 5] = POISON
