@@ -12,7 +12,7 @@ import argparse
 import difflib
 import json
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -296,6 +296,8 @@ def parse_settings(argv: Sequence[str] | None = None, *, description: str | None
     for key in sorted(set(file_values) - set(Settings.model_fields)):
         del file_values[key]
         faults.append(f"{config_path}: {_unknown(key)}")
+    for key in [key for key, value in file_values.items() if isinstance(value, bool) and not _is_boolean(key)]:
+        faults.append(f"{config_path}: {key}: {str(file_values.pop(key)).lower()} is no value of this option")
     values = {**defaults, **file_values, **flags}
     values = {name: None if value in ("none", "None") and _optional(name) else value for name, value in values.items()}
     return _validate(values, faults)
@@ -332,12 +334,22 @@ def _unknown(word: str) -> str:
     return f"unknown option {word}" + (f"; did you mean --{close[0]}?" if close else "; --help lists all options")
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        names = [key.value for key, _ in node.value]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def _read_config_file(path: Path) -> dict[str, Any]:
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise ConfigError(f"--config {path}: a .yaml or .json file is needed")
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        values = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
@@ -395,6 +407,10 @@ def _help(info: FieldInfo) -> str:
     default = " ".join(info.default) if isinstance(info.default, tuple) else info.default
     shown = "" if info.default is None else f" (default: {default})"
     return f"{info.description}{shown}".replace("%", "%%")
+
+
+def _is_boolean(name: str) -> bool:
+    return Settings.model_fields[name].annotation is bool
 
 
 def _optional(name: str) -> bool:

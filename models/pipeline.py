@@ -40,18 +40,19 @@ class ReBertaPipeline(TextClassificationPipeline):
     def preprocess(self, inputs: str, **tokenizer_kwargs: Any) -> dict[str, Tensor]:
         config, tokenizer = self.model.config, self.tokenizer
         plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        ids = tokenizer(inputs, **plain, **tokenizer_kwargs)["input_ids"][: config.max_len]
+        ids = tokenizer(inputs, **plain, **tokenizer_kwargs)["input_ids"]
         content = config.window_size - 2
         step = content - config.window_overlap
         tokens = len(ids)
-        ids = _what_is_read(ids, content + (config.max_windows - 1) * step, config.read, content)
+        ids = _what_is_read(ids[: config.max_len], content + (config.max_windows - 1) * step, config.read, content)
         if len(ids) < tokens:
             logger.warning(
-                "%d of a document's %d tokens are read: its model takes %d windows of %d tokens",
+                "%d of a document's %d tokens are read: the model takes %d windows of %d tokens%s",
                 len(ids),
                 tokens,
                 config.max_windows,
                 config.window_size,
+                "" if config.max_len is None else f", {config.max_len} at most",
             )
         cls, sep = tokenizer.cls_token_id, tokenizer.sep_token_id
         starts = range(0, max(1, len(ids) - config.window_overlap), step)

@@ -166,11 +166,25 @@ def test_contradictions_and_wrong_values_are_refused(argv, message):
     assert len(str(caught.value).splitlines()) == 2
 
 
+def test_a_wrong_mode_is_not_held_against_other_options():
+    with pytest.raises(ConfigError) as caught:
+        parse_settings(["--mode", "predct", "--input_path", "x", "--output_path", "y.csv"])
+    assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["wrong options", "  --mode predct"]
+
+
+@pytest.mark.parametrize("option", ["--sample_data 5", "--max_len 100"])
+def test_analyze_refuses_what_it_would_not_heed(option):
+    with pytest.raises(ConfigError, match=f"{option.split()[0]} does not go with --mode analyze"):
+        parse_settings(f"--mode analyze {option}".split())
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("run.yaml", "- a\n- b\n", "must hold one mapping"),
         ("run.yaml", "a: [", "is no valid yaml"),
+        ("run.yaml", "epochs: 3\nepochs: 5\n", "is no valid yaml: 'epochs' stands there twice"),
+        ("run.yaml", "epochs: true\n", "epochs: true is no value of this option"),
         ("run.json", "{", "is no valid json"),
         ("run.toml", "a = 1", r"\.yaml or \.json file is needed"),
         ("run.yaml", None, "cannot be read: No such file"),

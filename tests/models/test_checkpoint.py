@@ -133,6 +133,7 @@ def test_pipeline_from_elsewhere(folder, model, tokenizer, tmp_path):
         [sys.executable, "-c", script, folder, text], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr
+    assert "33 of a document's 40 tokens are read" in " ".join(run.stderr.split())
     line = next(line for line in run.stdout.splitlines() if line.startswith("RESULT"))
     long, short = json.loads(line.removeprefix("RESULT "))
     words = [int(word[1:]) for word in text.split()][:33]
