@@ -174,7 +174,9 @@ def test_gates_are_the_models(run, summary):
 def test_figures_and_no_noise(run):
     outputs = [output for cell in run.cells if cell.cell_type == "code" for output in cell.outputs]
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
-    assert [output for output in outputs if output.get("name") == "stderr"] == []
+    noise = "".join(output["text"] for output in outputs if output.get("name") == "stderr").splitlines()
+    honest = "tokens are read: the model takes 4 windows of 12 tokens"
+    assert [line for line in noise if not line.endswith(honest)] == []
 
 
 def test_the_stored_notebook_has_no_outputs():
