@@ -60,11 +60,14 @@ def main(argv: Sequence[str]) -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--model_path", required=True, help="a trained model")
     parser.add_argument("--test_path", default="data/validation", help="its test set (default data/validation)")
-    parser.add_argument("--max_windows", default="16", help="windows of a document that are read (default 16)")
+    parser.add_argument("--max_windows", help="windows of a document to read (default: the model's own number)")
     options = parser.parse_args(argv)
     paths = ["--model_path", options.model_path, "--test_path", options.test_path]
-    flags = [*paths, "--max_windows", options.max_windows, "--device", "cpu"]
-    model = {"model_path": options.model_path, "test_path": options.test_path, "max_windows": options.max_windows}
+    flags = [*paths, "--device", "cpu"]
+    model = {"model_path": options.model_path, "test_path": options.test_path}
+    if options.max_windows is not None:
+        flags += ["--max_windows", options.max_windows]
+        model["max_windows"] = options.max_windows
     results = common.Results("accuracy", model, options.output)
     if not results.rows:
         results.start_session(argv)
