@@ -296,8 +296,10 @@ def parse_settings(argv: Sequence[str] | None = None, *, description: str | None
     for key in sorted(set(file_values) - set(Settings.model_fields)):
         del file_values[key]
         faults.append(f"{config_path}: {_unknown(key)}")
-    for key in [key for key, value in file_values.items() if isinstance(value, bool) and not _is_boolean(key)]:
-        faults.append(f"{config_path}: {key}: {str(file_values.pop(key)).lower()} is no value of this option")
+    truths = [key for key, value in file_values.items() if isinstance(value, bool)]
+    for key in truths:
+        if Settings.model_fields[key].annotation is not bool:
+            faults.append(f"{config_path}: {key}: {str(file_values.pop(key)).lower()} is no value of this option")
     values = {**defaults, **file_values, **flags}
     values = {name: None if value in ("none", "None") and _optional(name) else value for name, value in values.items()}
     return _validate(values, faults)
@@ -407,10 +409,6 @@ def _help(info: FieldInfo) -> str:
     default = " ".join(info.default) if isinstance(info.default, tuple) else info.default
     shown = "" if info.default is None else f" (default: {default})"
     return f"{info.description}{shown}".replace("%", "%%")
-
-
-def _is_boolean(name: str) -> bool:
-    return Settings.model_fields[name].annotation is bool
 
 
 def _optional(name: str) -> bool:

@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from calibration import fit_temperature, log_losses, probabilities, tune_thresholds
 from config import Settings
 from data_utils.dataset import LongTextBatchSampler, LongTextDataset, collate, evaluation_loader
-from evaluation_utils import check_documents, check_share, classification_metrics, predict
+from evaluation_utils import check_windows, classification_metrics, failed_places, predict
 from models.checkpoint import save_checkpoint
 from objective import Objective
 from piecewise import PiecewiseTrainer
@@ -80,9 +80,8 @@ class Watch:
         """Raises TrainingError, naming the step and the documents of all processes."""
         seen, self._seen = self._seen, []
         bad = [self.ids[i] for index_B, finite_B, _ in seen for i in index_B[~finite_B].tolist()]
-        failures = [
-            (self.ids[int(index_B[row])], window) for index_B, _, f in seen for row, window in f.nonzero().tolist()
-        ]
+        places = failed_places([index_B for index_B, _, _ in seen], [failed_BN for _, _, failed_BN in seen])
+        failures = [(self.ids[i], window) for i, window in places]
         bad, failures = (list(chain(*lists)) for lists in zip(*gather((bad, failures)), strict=True))
         for document, window in failures:
             logger.warning("step %d: %s, window %d: its state is not finite", step, document, window)
@@ -200,8 +199,8 @@ class ReBertaTrainer(PiecewiseTrainer):
         with self.accelerator.autocast():
             prediction = predict(model, self.get_eval_dataloader(eval_dataset), self.args.device)
         dataset = eval_dataset or self.data.validation
-        failures = check_documents(prediction, dataset.ids)
-        check_share(prediction.failed_windows, prediction.windows, self.settings.max_window_failures, failures)
+        where = f"step {self.state.global_step}, validation: "
+        check_windows(prediction, dataset.ids, self.settings.max_window_failures, where)
         assert prediction.labels is not None
         temperature = fit_temperature(prediction.logits, prediction.labels)
         scores = probabilities(prediction.logits, self.settings.problem_type, temperature)

@@ -1,7 +1,7 @@
 """Predictions of a model, what they are worth, and the report on them.
 
 - `predict`: logits of a data set in its own order, whatever the order of the batches, and the windows that failed
-- `check_documents`, `check_share`: windows that failed, and when that ends the run
+- `failed_places`, `check_windows` (`check_documents`, `check_share`): windows that failed, and when that ends the run
 - `classification_metrics`, `metrics_by_length`: scikit-learn's measures by class, averaged and by document length;
   log loss and calibration error
 - `evaluate_model`: all of it, written to a folder as text, JSON, figures and, where asked, `predictions.csv`
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -88,11 +88,7 @@ def predict(model: nn.Module, data_loader: DataLoader, device: torch.device | st
     model.train(was_training)
     if not documents:
         raise DataError("there are no documents to predict: the data loader is empty; look at the data path")
-    failed = [
-        (int(index_B[row]), window)
-        for index_B, failed_BN in zip(index, failures, strict=True)
-        for row, window in failed_BN.nonzero().tolist()
-    ]
+    failed = failed_places(index, failures)
     own = (torch.cat(logits).cpu(), torch.cat(index), torch.cat(labels) if labels else None, failed, windows)
     all_logits, all_index, all_labels, all_failed, all_windows = zip(*gather(own), strict=True)
     index_n = torch.cat(all_index)
@@ -104,6 +100,15 @@ def predict(model: nn.Module, data_loader: DataLoader, device: torch.device | st
         windows=sum(all_windows),
         failures=sorted(chain(*all_failed)),
     )
+
+
+def failed_places(index: Iterable[Tensor], failures: Iterable[Tensor]) -> list[tuple[int, int]]:
+    """Place of the document and number of the window, of all that failed: from [B] and [B, N] bool, batch by batch."""
+    return [
+        (int(index_B[row]), window)
+        for index_B, failed_BN in zip(index, failures, strict=True)
+        for row, window in failed_BN.nonzero().tolist()
+    ]
 
 
 def classification_metrics(
@@ -273,12 +278,19 @@ def _checked_labels(
     classes = prediction.logits.shape[1]
     if classes != len(label_names):
         raise ModelError(f"the model has {classes} classes, but {len(label_names)} label names came with it")
-    failures = check_documents(prediction, names)
-    check_share(prediction.failed_windows, prediction.windows, max_window_failures, failures)
+    check_windows(prediction, names, max_window_failures)
     return prediction.labels.astype(np.int64)
 
 
-def check_documents(prediction: Prediction, names: Mapping[int, str] | Sequence[str]) -> str:
+def check_windows(
+    prediction: Prediction, names: Mapping[int, str] | Sequence[str], most: float, where: str = ""
+) -> None:
+    """`check_documents` and `check_share` of all that was read; what they say begins with `where`."""
+    failures = check_documents(prediction, names, where)
+    check_share(prediction.failed_windows, prediction.windows, most, failures, where)
+
+
+def check_documents(prediction: Prediction, names: Mapping[int, str] | Sequence[str], where: str = "") -> str:
     """Warn of the windows that failed, and name them: MOST_NAMES of them, and how many more there are.
 
     Raises:
@@ -286,14 +298,14 @@ def check_documents(prediction: Prediction, names: Mapping[int, str] | Sequence[
     """
     failures = [f"{names[i]}, window {window}" for i, window in prediction.failures[:MOST_NAMES]]
     for failure in failures:
-        logger.warning("%s: its state is not finite", failure)
+        logger.warning("%s%s: its state is not finite", where, failure)
     if more := prediction.failed_windows - len(failures):
         failures.append(f"and {more:,} more windows")
-        logger.warning("%s: their states are not finite", failures[-1])
+        logger.warning("%s%s: their states are not finite", where, failures[-1])
     unreadable = prediction.index[~np.isfinite(prediction.logits).all(-1)].tolist()
     if unreadable:
         message = (
-            f"logits that are not finite in {len(unreadable)} of {len(prediction.index)} documents: "
+            f"{where}logits that are not finite in {len(unreadable)} of {len(prediction.index)} documents: "
             f"{', '.join(names[i] for i in unreadable[:MOST_NAMES])}; "
             "try full precision or --mixed_precision_type bf16, and another checkpoint if that does not help"
         )
@@ -301,10 +313,10 @@ def check_documents(prediction: Prediction, names: Mapping[int, str] | Sequence[
     return "; ".join(failures)
 
 
-def check_share(failed: int, windows: int, most: float, which: str) -> None:
+def check_share(failed: int, windows: int, most: float, which: str, where: str = "") -> None:
     """Raise TrainingError if more than the share `most` of the windows failed."""
     if failed > most * windows:
-        message = f"{failed} of {windows} windows failed, a share over --max_window_failures {most:g}: {which}"
+        message = f"{where}{failed} of {windows} windows failed, a share over --max_window_failures {most:g}: {which}"
         raise said_once(TrainingError(message))
 
 

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from calibration import fit_temperature
 from data_utils.dataset import LongTextDataset, evaluation_loader
 from engine import ReBertaTrainer
-from evaluation_utils import Prediction, check_documents, check_share
+from evaluation_utils import Prediction, check_windows, failed_places
 from objective import Objective, window_shares
 from utils import TrainingError, error_handler, logger
 
@@ -174,9 +174,7 @@ def _read(
             output = model(batch["input_ids"].to(device), batch["attention_mask"].to(device))
         labels, index_B = (batch[name].to(device) for name in ("labels", "index"))
         logits.append(output.logits.float())
-        failures += [
-            (int(index_B[row]), window) for row, window in output.hidden_states.window_failures.nonzero().tolist()
-        ]
+        failures.append(output.hidden_states.window_failures)
         read += int(batch["attention_mask"].any(-1).sum())
         states_BD = output.hidden_states.document_state.float()
         documents.append(States(states_BD, labels, torch.ones(len(labels), device=device), index_B))
@@ -184,8 +182,8 @@ def _read(
         rows, places, shares = window_shares(states_BND if window_loss else states_BND[:, :0])
         windows.append(States(states_BND[rows, places], labels[rows], window_loss * shares, index_B[rows]))
     found = States.joined(documents), States.joined(windows)
+    failed = failed_places([part.documents_n for part in documents], failures)
     indices_n = found[0].documents_n.cpu().numpy()
-    prediction = Prediction(torch.cat(logits).cpu().numpy(), None, indices_n, read, sorted(failures))
-    named = check_documents(prediction, dataset.ids)
-    check_share(prediction.failed_windows, read, settings.max_window_failures, named)
+    prediction = Prediction(torch.cat(logits).cpu().numpy(), None, indices_n, read, sorted(failed))
+    check_windows(prediction, dataset.ids, settings.max_window_failures, f"{what}: ")
     return found

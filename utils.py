@@ -134,12 +134,9 @@ def error_handler(
         def wrapped(*args: P.args, **kwargs: P.kwargs) -> R | None:
             try:
                 return stage(*args, **kwargs)
-            except ReBertaError as error:
-                error.args = (_without_worker(str(error)), *error.args[1:])
-                error.add_note(f"in stage {name}")
-                if reraise:
-                    raise
-            except bugs as error:
+            except (ReBertaError, *bugs) as error:
+                if isinstance(error, ReBertaError):
+                    error.args = (_without_worker(str(error)), *error.args[1:])
                 error.add_note(f"in stage {name}")
                 if reraise:
                     raise

@@ -28,6 +28,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix
 
+from data_utils.windows import capacity, window_count
 from figure_text import Names, Rows, display_width
 from utils import atomic_path
 
@@ -275,10 +276,9 @@ def save_length_coverage(
     the window before it holds, too.
     """
     tokens = np.sort(np.asarray(token_counts, dtype=np.int64))
-    step = window_size - 2 - window_overlap
-    powers = range(max(6, math.ceil(math.log2(max(1, (tokens[-1] - window_overlap) / step)))) + 1)
+    powers = range(max(6, math.ceil(math.log2(window_count(int(tokens[-1]), window_size, window_overlap)))) + 1)
     windows = np.arange(1, 2 ** powers[-1] + 1)
-    room = windows * step + window_overlap
+    room = np.array([capacity(count, window_size, window_overlap) for count in windows.tolist()])
     whole = np.searchsorted(tokens, room, side="right")
     read = np.append(0, tokens.cumsum())[whole] + (len(tokens) - whole) * room
     with _page(path, max(5.2, 0.5 * len(powers)), 3.1, ["DejaVu Sans"]) as (_, axes):

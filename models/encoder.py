@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +67,9 @@ def load_encoder(
     if layers is not None:
         config.num_hidden_layers = min(layers, config.num_hidden_layers)
     for names, p in (HIDDEN_DROPOUT, dropout), (ATTENTION_DROPOUT, attention_dropout):
-        for name in filter(partial(hasattr, config), names):
-            setattr(config, name, p)
+        for name in names:
+            if hasattr(config, name):
+                setattr(config, name, p)
     options: dict[str, Any] = {"add_pooling_layer": False} if _has_pooler_option(config) else {}
     options["attn_implementation"] = ATTENTION
     if pretrained and not isinstance(encoder, PreTrainedConfig):

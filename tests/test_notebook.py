@@ -176,7 +176,7 @@ def test_figures_and_no_noise(run):
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
     noise = "".join(output["text"] for output in outputs if output.get("name") == "stderr").splitlines()
     honest = "tokens are read: the model takes 4 windows of 12 tokens"
-    assert [line for line in noise if not line.endswith(honest)] == []
+    assert [line[-len(honest) :] for line in noise] == [honest]
 
 
 def test_the_stored_notebook_has_no_outputs():

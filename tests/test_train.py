@@ -383,14 +383,23 @@ def with_a_poisoned_word(encoder_folder: Path, target: Path, value: float) -> Pa
     return target
 
 
+SECOND_WINDOW_FAILS = "w51 " * 15 + "w50 " + "w51 " * 10  # of three
+
+
+def poison(name: str, text: str, documents: slice) -> None:
+    """Put `text` in these documents of NAME.jsonl, and leave the poisoned word out of all others."""
+    for path in (Path("train.jsonl"), Path("val.jsonl")):
+        path.write_text(path.read_text().replace("w50", "w51"))
+    path = Path(f"{name}.jsonl")
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines[documents]:
+        line["text"] = text
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def test_a_loss_that_is_not_finite_raises_before_the_update(run, encoder_folder, tmp_path):
     encoder = with_a_poisoned_word(encoder_folder, tmp_path / "poisoned", math.nan)
-    lines = [json.loads(line) for line in Path("train.jsonl").read_text().splitlines()]
-    for line in lines:
-        line["text"] = line["text"].replace("w50", "w51")
-    lines[3]["text"] = "w50 " * 30
-    Path("train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    Path("val.jsonl").write_text(Path("val.jsonl").read_text().replace("w50", "w51"))
+    poison("train", "w50 " * 30, slice(3, 4))
     with pytest.raises(TrainingError, match=r"step \d+: the loss is not finite.*documents: train-3\."):
         run(f"--model_path {encoder}")
     assert not list(Path("logs/run").glob("checkpoint-*"))
@@ -398,11 +407,7 @@ def test_a_loss_that_is_not_finite_raises_before_the_update(run, encoder_folder,
 
 def test_too_many_failed_windows_end_the_run_and_a_few_are_named(run, encoder_folder, tmp_path):
     encoder = with_a_poisoned_word(encoder_folder, tmp_path / "poisoned", math.inf)
-    for name in ("train", "val"):
-        Path(f"{name}.jsonl").write_text(Path(f"{name}.jsonl").read_text().replace("w50", "w51"))
-    lines = [json.loads(line) for line in Path("train.jsonl").read_text().splitlines()]
-    lines[3]["text"] = "w51 " * 15 + "w50 " + "w51 " * 10  # the second of three windows
-    Path("train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    poison("train", SECOND_WINDOW_FAILS, slice(3, 4))
     trained = run(f"--model_path {encoder} --max_window_failures 0.05 --epochs 1", "few")
     warnings = [line for line in (trained.run_folder / "train.log").read_text().splitlines() if " WARNING " in line]
     assert len(warnings) == 1
@@ -416,27 +421,18 @@ def test_too_many_failed_windows_end_the_run_and_a_few_are_named(run, encoder_fo
 
 def test_windows_that_fail_in_validation_count(run, encoder_folder, tmp_path):
     encoder = with_a_poisoned_word(encoder_folder, tmp_path / "poisoned", math.inf)
-    for name in ("train", "val"):
-        Path(f"{name}.jsonl").write_text(Path(f"{name}.jsonl").read_text().replace("w50", "w51"))
-    lines = [json.loads(line) for line in Path("val.jsonl").read_text().splitlines()]
-    lines[3]["text"] = "w51 " * 15 + "w50 " + "w51 " * 10
-    Path("val.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    poison("val", SECOND_WINDOW_FAILS, slice(3, 4))
     few = run(f"--model_path {encoder} --max_window_failures 0.2 --epochs 1", "few")
-    assert "val-3, window 1: its state is not finite" in (few.run_folder / "train.log").read_text()
+    assert "step 6, validation: val-3, window 1: its state is not finite" in (few.run_folder / "train.log").read_text()
     with pytest.raises(TrainingError, match=r"1 of \d+ windows failed, a share over .* 0.001: val-3, window 1"):
         run(f"--model_path {encoder} --max_window_failures 0.001 --epochs 1", "many")
-    with pytest.raises(TrainingError, match=r"1 of \d+ windows failed"):
+    with pytest.raises(TrainingError, match=r"probe, validation: 1 of \d+ windows failed"):
         run(f"--model_path {encoder} --max_window_failures 0.001 --epochs 1 --probe_epochs 1", "probe")
 
 
 def test_the_failures_of_a_run_shorter_than_an_epoch_are_a_share_of_what_it_reads(run, encoder_folder, tmp_path):
     encoder = with_a_poisoned_word(encoder_folder, tmp_path / "poisoned", math.inf)
-    for name in ("train", "val"):
-        Path(f"{name}.jsonl").write_text(Path(f"{name}.jsonl").read_text().replace("w50", "w51"))
-    lines = [json.loads(line) for line in Path("train.jsonl").read_text().splitlines()]
-    for line in lines:
-        line["text"] = "w51 " * 15 + "w50 " + "w51 " * 10  # the second of three windows
-    Path("train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    poison("train", SECOND_WINDOW_FAILS, slice(None))
     with pytest.raises(TrainingError, match="step 1: 2 windows of this epoch failed, over --max_window_failures"):
         run(f"--model_path {encoder} --max_window_failures 0.3 --total_steps 1 --batch_size 2", "short")
 

@@ -90,26 +90,22 @@ def test_ctrl_c(fails, monkeypatch):
     assert fails("--mode train")[0] == 130
 
 
-def test_the_unexpected_shows_its_traceback(fails, monkeypatch):
-    def fall(settings):
-        raise ZeroDivisionError("by chance")
-
-    monkeypatch.setattr("main.dispatch", fall)
-    code, console = fails("--mode train")
-    assert code == 1
-    assert "Traceback" in console
-    assert "by chance" in console
-
-
-def test_a_bug_within_a_stage_shows_its_traceback(fails, monkeypatch):
+@pytest.mark.parametrize(
+    ("place", "error", "said"),
+    [
+        ("main.dispatch", ZeroDivisionError("by chance"), "by chance"),
+        ("train.build_trainer", AttributeError("a bug"), "a bug\nin stage fit"),
+    ],
+)
+def test_the_unexpected_shows_its_traceback(fails, monkeypatch, place, error, said):
     def fall(*arguments, **options):
-        raise AttributeError("a bug")
+        raise error
 
-    monkeypatch.setattr("train.build_trainer", fall)
-    code, console = fails("--config tiny.yaml --output_dir logs/bug")
+    monkeypatch.setattr(place, fall)
+    code, console = fails("--mode train --config tiny.yaml --output_dir logs/unexpected")
     assert code == 1
     assert "Traceback" in console
-    assert "a bug\nin stage fit" in console
+    assert said in console
 
 
 def test_never_resumed_is_never_replaced(fails):
