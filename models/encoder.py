@@ -76,7 +76,7 @@ def load_encoder(
         options |= {"use_safetensors": True, "trust_remote_code": False}
         model = AutoModel.from_pretrained(encoder, config=config, dtype=torch.float32, **options)
     else:
-        model = AutoModel.from_config(config, dtype=torch.float32, **options)
+        model = AutoModel.from_config(config, dtype=torch.get_default_dtype(), **options)
     for name, module in list(model.named_modules()):
         if type(module) is nn.Dropout:
             model.set_submodule(name, Dropout(module.p))

@@ -101,6 +101,11 @@ class RecurrentRoBERTa(PreTrainedModel):
     base_model_prefix = "encoder"
     main_input_name = "input_ids"
     _supports_sdpa = True
+    # all but the encoder, when loaded with a dtype of 16 bits
+    _keep_in_fp32_modules_strict = (
+        *("window_norm", "window_gate", "carry_gate", "carry_cell", "carry_output", "global_norm", "global_gate"),
+        *("aggregation", "pooler", "classifier"),
+    )
 
     def __init__(
         self,
@@ -339,6 +344,7 @@ class RecurrentRoBERTa(PreTrainedModel):
 
     def _encode(self, embeds_bLD: Tensor, mask_bL: Tensor | None, recompute_layers: bool = False) -> Tensor:
         """h [b, D] of windows, or g of sequences of their states."""
+        embeds_bLD = embeds_bLD.to(self.encoder.dtype)
         return pooled_output(self.encoder, embeds_bLD, mask_bL, self.config.pooling, recompute_layers=recompute_layers)
 
     def _let_in(self, cls_bD: Tensor, carried_bD: Tensor, norm: nn.Module, gate: nn.Module) -> tuple[Tensor, Tensor]:

@@ -120,6 +120,18 @@ def test_transformers_own_ways(folder, expected):
         torch.testing.assert_close(_logits(loader.from_pretrained(folder).eval()), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_transformers_loads_the_encoder_alone_in_16_bits(folder, expected, tmp_path, dtype):
+    model = RecurrentRoBERTa.from_pretrained(folder, dtype=dtype).eval()
+    model.save_pretrained(tmp_path / "again")
+    for loaded in (model, RecurrentRoBERTa.from_pretrained(tmp_path / "again").eval()):
+        types = {name: p.dtype for name, p in loaded.named_parameters()}
+        assert {kind for name, kind in types.items() if name.startswith("encoder.")} == {dtype}
+        assert {kind for name, kind in types.items() if not name.startswith("encoder.")} == {torch.float32}
+        logits = _logits(loaded)
+        assert 0 < (logits - expected).norm() < 2e-2 * expected.norm()
+
+
 def test_pipeline_from_elsewhere(folder, model, tokenizer, tmp_path):
     """In a process that knows nothing of this project but the saved folder."""
     text = " ".join(f"w{5 + i % 100}" for i in range(40))

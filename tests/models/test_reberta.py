@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModel, DistilBertConfig
+from transformers import (
+    AlbertConfig,
+    AutoModel,
+    CamembertConfig,
+    DistilBertConfig,
+    ElectraConfig,
+    ModernBertConfig,
+    XLMRobertaConfig,
+)
 
 import pretrained
 from models.reberta import HiddenStates, RecurrentRoBERTa
-from tests.conftest import CLS, VOCABULARY, WIDTH, tiny_encoder, word_tokenizer
+from tests.conftest import CLS, PAD, VOCABULARY, WIDTH, tiny_encoder, word_tokenizer
 from tests.models.conftest import build, documents
 from tests.models.twin import twin_logits
 from utils import ConfigError
@@ -307,12 +315,29 @@ def test_rotary_attention_scores_depend_on_distance_alone():
     assert (scores[0, 1] - scores[0, 4]).abs() > 1e-4
 
 
-def test_an_encoder_of_another_shape_is_called_whole():
-    encoder = DistilBertConfig(vocab_size=VOCABULARY, dim=WIDTH, n_layers=2, n_heads=4, hidden_dim=64)
-    model = build(encoder)
-    input_ids, mask = documents(LENGTHS)
-    logits, _ = model(input_ids=input_ids, attention_mask=mask)
-    torch.testing.assert_close(logits, twin_logits(model, input_ids, mask), atol=1e-5, rtol=0)
+@pytest.mark.parametrize(
+    ("kind", "changes", "positions"),
+    [
+        (XLMRobertaConfig, {"max_position_embeddings": 66, "pad_token_id": PAD}, 64),
+        (CamembertConfig, {"max_position_embeddings": 66, "pad_token_id": PAD}, 64),
+        (ElectraConfig, {"max_position_embeddings": 64, "embedding_size": WIDTH}, 64),
+        (DistilBertConfig, {"max_position_embeddings": 64}, 64),
+        (ModernBertConfig, {"max_position_embeddings": 64, "pad_token_id": PAD, "local_attention": 8}, 64),
+    ],
+)
+def test_other_encoders_equal_the_slow_twin(kind, changes, positions):
+    shape = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model = build(kind(vocab_size=VOCABULARY, initializer_range=0.3, **shape, **changes))
+    batch = dict(zip(("input_ids", "attention_mask"), documents(LENGTHS), strict=True))
+    assert model.positions == positions
+    torch.testing.assert_close(model(**batch).logits, twin_logits(model, **batch), atol=1e-5, rtol=0)
+    _assert_same_gradients(model, batch)
+
+
+def test_an_encoder_with_narrow_word_embeddings_is_refused():
+    shape = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    with pytest.raises(ConfigError, match="word embeddings are not of its hidden size"):
+        build(AlbertConfig(vocab_size=VOCABULARY, embedding_size=8, **shape))
 
 
 def test_eager_attention_gives_the_same(encoder_config):
