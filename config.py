@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import re
 import reprlib
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ from utils import ConfigError
 
 DEFAULT_ENCODER = "roberta-base"
 DEFAULT_TEST_PATH = ("data/validation",)
+MISSING = object()
+"""What stands for the value of a flag that has none."""
 
 Paths = Annotated[
     tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value), Field(min_length=1)
@@ -289,8 +292,10 @@ def parse_settings(argv: Sequence[str] | None = None, *, description: str | None
     """
     given, unknown = _parser(description).parse_known_args(argv)
     flags = {name: value for name, value in vars(given).items() if value is not None}
+    faults = [f"--{name}: its value is missing" for name, value in flags.items() if value in (MISSING, [])]
+    flags = {name: value for name, value in flags.items() if value not in (MISSING, [])}
     config_path = flags.pop("config", None)
-    faults = [_unknown(word) for word in unknown if word.startswith("--")]
+    faults += [_unknown(word) for word in unknown if word.startswith("--")]
     faults += [f"{word!r} belongs to no option" for word in unknown if not word.startswith("--")][: not faults]
     file_values = _read_config_file(Path(config_path)) if config_path else {}
     for key in sorted(set(file_values) - set(Settings.model_fields)):
@@ -302,10 +307,10 @@ def parse_settings(argv: Sequence[str] | None = None, *, description: str | None
             faults.append(f"{config_path}: {key}: {str(file_values.pop(key)).lower()} is no value of this option")
     values = {**defaults, **file_values, **flags}
     values = {name: None if value in ("none", "None") and _optional(name) else value for name, value in values.items()}
-    return _validate(values, faults)
+    return _validate(values, {*file_values, *flags}, faults)
 
 
-def _validate(values: dict[str, Any], faults: list[str]) -> Settings:
+def _validate(values: dict[str, Any], said: set[str], faults: list[str]) -> Settings:
     wrong: set[str] = set()
     try:
         settings = Settings(**values)
@@ -315,7 +320,7 @@ def _validate(values: dict[str, Any], faults: list[str]) -> Settings:
         settings = Settings(**{name: value for name, value in values.items() if name not in wrong})
     settings, refused = with_preset(settings)
     faults += refused
-    faults += contradictions(settings) if "mode" not in wrong else []  # which most of them are about
+    faults += contradictions(settings, said - wrong) if "mode" not in wrong else []  # which most of them are about
     if faults:
         raise ConfigError("wrong options:\n" + "\n".join(f"  {fault}" for fault in dict.fromkeys(faults)))
     return settings
@@ -340,10 +345,20 @@ class _Loader(yaml.SafeLoader):
     """Refuses a key that stands twice, of which YAML would take the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        names = [key.value for key, _ in node.value]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} stands there twice", node.start_mark)
+        if twice := _repeated([key.value for key, _ in node.value]):
+            raise yaml.constructor.ConstructorError(None, None, twice, node.start_mark)
         return super().construct_mapping(node, deep)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a key that stands twice."""
+    if twice := _repeated([name for name, _ in pairs]):
+        raise ValueError(twice)
+    return dict(pairs)
+
+
+def _repeated(names: Sequence[Any]) -> str | None:
+    return next((f"{name!r} stands there twice" for name in names if names.count(name) > 1), None)
 
 
 def _read_config_file(path: Path) -> dict[str, Any]:
@@ -351,7 +366,7 @@ def _read_config_file(path: Path) -> dict[str, Any]:
         raise ConfigError(f"--config {path}: a .yaml or .json file is needed")
     try:
         text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.load(text, _Loader)
+        values = json.loads(text, object_pairs_hook=_object) if path.suffix == ".json" else yaml.load(text, _Loader)
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
@@ -371,7 +386,15 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", metavar="FILE", help="options from a .yaml or .json file; flags win over it")
+    # before Python 3.14 it takes -1e-3 for an option
+    parser._negative_number_matcher = re.compile(r"-\.?\d")
+    parser.add_argument(
+        "--config",
+        nargs="?",
+        const=MISSING,
+        metavar="FILE",
+        help="options from a .yaml or .json file; flags win over it",
+    )
     for group in GROUPS:
         section = parser.add_argument_group(group.__doc__)
         for name, field in group.__annotations__.items():
@@ -381,9 +404,9 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def _arity(annotation: str, info: FieldInfo) -> dict[str, Any]:
-    if info.annotation is bool:
-        return {"nargs": "?", "const": "True"}
-    return {"nargs": "+"} if annotation.startswith("Paths") else {}
+    if annotation.startswith("Paths"):
+        return {"nargs": "*"}
+    return {"nargs": "?", "const": "True" if info.annotation is bool else MISSING}
 
 
 def _choices(info: FieldInfo) -> list[str]:

@@ -8,9 +8,8 @@ if TYPE_CHECKING:
     from config import Settings
 
 
-def contradictions(settings: Settings) -> list[str]:
-    """What is wrong with a set of options; those left at their defaults never contradict."""
-    said = settings.model_fields_set
+def contradictions(settings: Settings, said: set[str]) -> list[str]:
+    """What is wrong with a set of options; those that were not said, but left at their defaults, never contradict."""
     rules = [
         (
             settings.train_windows is not None and settings.train_windows > settings.max_windows,

@@ -115,11 +115,13 @@ def fit(settings: Settings, *, epochs: int | None = None, steps: int | None = No
 @error_handler(error_type=DataError)
 def load_data(settings: Settings, run: RunFolder) -> Data:
     """Training and validation set, cut into windows. The labels are those of the training set."""
+    # looked for first: the tokenizer may have to be fetched
+    train_files, val_files = expand_paths(settings.train_path), expand_paths(settings.val_path)
     source = settings.model_path or DEFAULT_ENCODER
     tokenizer = load_checkpoint_tokenizer(source) if is_checkpoint(source) else load_tokenizer(source)
     options = dataset_options(settings, tokenizer)
     train_set = LongTextDataset(
-        settings.train_path,
+        train_files,
         augmentation=masking(settings, tokenizer),
         draw_windows=True,
         train_windows=settings.train_windows,
@@ -128,16 +130,16 @@ def load_data(settings: Settings, run: RunFolder) -> Data:
     )
     if settings.problem_type == "single_label" and len(train_set.label_names) < 2:
         raise DataFormatError(
-            f"{', '.join(map(str, expand_paths(settings.train_path)))}: all {len(train_set)} documents have the label "
+            f"{', '.join(map(str, train_files))}: all {len(train_set)} documents have the label "
             f"{train_set.label_names[0]!r}; two labels at least are needed; is --label_column {settings.label_column} "
             "the right one?"
         )
     options |= {"label_names": train_set.label_names}
     if "train_path" in settings.model_fields_set and "val_path" not in settings.model_fields_set:
         logger.warning("--val_path is not given: validation documents are those of %s", ", ".join(settings.val_path))
-    validation_set = LongTextDataset(settings.val_path, quarantine_path=run.quarantine("validation"), **options)
+    validation_set = LongTextDataset(val_files, quarantine_path=run.quarantine("validation"), **options)
     if is_main_process():
-        run.record_data([*expand_paths(settings.train_path), *expand_paths(settings.val_path)])
+        run.record_data([*train_files, *val_files])
     warn_of_overlap(validation_set, "validation", train_set.text_hashes)
     earlier = load_training_texts(source) if is_checkpoint(source) else None
     training_texts = train_set.text_hashes if earlier is None else np.union1d(earlier, train_set.text_hashes)

@@ -97,6 +97,10 @@ def test_a_model_type_fixes_options_in_training_and_says_nothing_of_a_checkpoint
     assert set(get_args(kinds)) == FIXED.keys() == MODEL_TYPES.keys()
 
 
+def test_a_negative_number_is_a_value():
+    assert parse_settings(["--gate_bias", "-1e-1"]).gate_bias == -0.1
+
+
 def test_several_paths_and_none():
     settings = parse_settings(["--train_path", "a.jsonl", "b.csv", "--max_len", "none"])
     assert settings.train_path == ("a.jsonl", "b.csv")
@@ -107,12 +111,11 @@ def test_all_faults_are_reported_at_once(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("learning_rte: 1\ncarry: open\n")
     with pytest.raises(ConfigError) as caught:
-        parse_settings(
-            ["--config", str(file), "--batch_size", "0", "--epochs", "x", "--windw_size", "3", "--mode", "evaluate"]
-        )
+        parse_settings(f"--config {file} --batch_size 0 --epochs x --windw_size 3 --mode evaluate --carry".split())
     lines = str(caught.value).splitlines()
-    assert len(lines) == 8
+    assert len(lines) == 9
     for expected in (
+        "--carry: its value is missing",
         "unknown option --windw_size; did you mean --window_size?",
         f"{file}: unknown option learning_rte; did you mean --learning_rate?",
         "--batch_size 0: input should be greater than or equal to 1",
@@ -155,6 +158,10 @@ def test_all_faults_are_reported_at_once(tmp_path):
         ("--whole_word_mask", "--whole_word_mask needs --use_augmentation"),
         ("--learning_rate nan", "finite number"),
         ("--learning_rate -1", "greater than 0"),
+        ("--learning_rate -1e-3", "--learning_rate -1e-3: input should be greater than 0"),
+        ("--learning_rate", "--learning_rate: its value is missing"),
+        ("--train_path", "--train_path: its value is missing"),
+        ("--config", "--config: its value is missing"),
         ("--label_smoothing 1.5", "less than 1"),
         ("--mixed_precision maybe", "valid boolean"),
         ("stray", "'stray' belongs to no option"),
@@ -186,6 +193,7 @@ def test_analyze_refuses_what_it_would_not_heed(option):
         ("run.yaml", "epochs: 3\nepochs: 5\n", "is no valid yaml: 'epochs' stands there twice"),
         ("run.yaml", "epochs: true\n", "epochs: true is no value of this option"),
         ("run.json", "{", "is no valid json"),
+        ("run.json", '{"epochs": 3, "epochs": 5}', "is no valid json: 'epochs' stands there twice"),
         ("run.toml", "a = 1", r"\.yaml or \.json file is needed"),
         ("run.yaml", None, "cannot be read: No such file"),
     ],

@@ -36,6 +36,7 @@ def _bad(project, name: str, lines: list[bytes]) -> str:
         ("--config tiny.yaml --window_size 65", 2, "window_size is 65; this encoder takes windows of 4 to 64 tokens"),
         ("--config tiny.yaml --device cuda", 2, "this machine has no usable GPU"),
         ("--config tiny.yaml --train_path nowhere.jsonl", 3, "nowhere.jsonl"),
+        ("--config tiny.yaml --val_path nowhere.jsonl --model_path no/such/encoder", 3, "nowhere.jsonl"),
         ("--config tiny.yaml --train_path broken.jsonl", 3, "broken.jsonl:2:"),
         ("--config tiny.yaml --val_path unknown.jsonl", 3, "unknown.jsonl:1: unknown label 'never'"),
         ("--mode evaluate --model_path broken.jsonl --test_path data", 4, "broken.jsonl: refused, since it is damaged"),

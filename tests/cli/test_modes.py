@@ -143,6 +143,12 @@ def test_run_epoch_script(project, command):
     assert [row["step"] for row in rows if "loss" in row] == [1]
 
 
+def test_run_epoch_script_by_steps(project, command):
+    done = command(project, "--config tiny.yaml --mode train_steps --total_steps 2", script="run_epoch.py")
+    assert done.returncode == 0, done.stderr
+    assert "step 2/2" in done.stderr
+
+
 def test_analyze(project, command):
     done = command(project, "--config tiny.yaml --mode analyze --output_dir analysis")
     assert done.returncode == 0, done.stderr
