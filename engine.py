@@ -43,6 +43,7 @@ from visualization_utils import save_run_curves
 
 EMA_FILE = "ema.safetensors"
 PROBE_FILE = "probe.safetensors"
+WATCH_FILE = "watch.json"
 SECONDS_BETWEEN_CURVES = 20  # a figure takes half a second, which is much where evaluations are short
 
 
@@ -75,6 +76,13 @@ class Watch:
     def forget(self) -> None:
         """Drop the update that is at work."""
         self._seen = []
+
+    def save(self, path: Path) -> None:
+        """What a run must know that goes on in mid-epoch."""
+        write_text(path, json.dumps({"failed_windows": self.failed_windows}))
+
+    def load(self, path: Path) -> None:
+        self.failed_windows = json.loads(path.read_text(encoding="utf-8"))["failed_windows"]
 
     def check(self, step: int) -> None:
         """Raises TrainingError, naming the step and the documents of all processes."""
@@ -246,6 +254,8 @@ class ReBertaTrainer(PiecewiseTrainer):
         """All that a resumed run needs, staged by Trainer and by every process, then sealed by process 0."""
         super()._save_checkpoint(model, trial)
         name = f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            self.watch.save(self.run.staging / name / WATCH_FILE)
         if self.args.should_save and self.ema is not None:
             save_file(self.ema.state_dict(), self.run.staging / name / EMA_FILE)
         if self.args.should_save and self.probe_losses_n is not None:
@@ -290,6 +300,8 @@ class EngineCallback(TrainerCallback):
         settings = self.trainer.settings
         epochs = state.max_steps * args.gradient_accumulation_steps / len(self.trainer.train_sampler)
         self.trainer.watch.budget *= min(1.0, epochs)  # of a run that ends before its first epoch does
+        if self.resume_from is not None:
+            self.trainer.watch.load(Path(self.resume_from) / WATCH_FILE)
         if self.resume_from is not None and settings.probe_epochs and settings.metric_for_best == "log_loss":
             self.trainer.probe_losses_n = load_file(Path(self.resume_from) / PROBE_FILE)["losses"]
         decay = settings.ema_decay
@@ -300,10 +312,12 @@ class EngineCallback(TrainerCallback):
             self.trainer.ema.load_state_dict(load_file(Path(self.resume_from) / EMA_FILE))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        epoch = math.floor(state.epoch or 0)
+        done = state.epoch or 0
+        epoch = math.floor(done)
         self.trainer.train_sampler.set_epoch(epoch)
         self.trainer.data.train.set_epoch(epoch)
-        self.trainer.watch.failed_windows = 0
+        if done == epoch:  # or the run goes on in the middle of one
+            self.trainer.watch.failed_windows = 0
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.watch.check(state.global_step + 1)

@@ -83,7 +83,7 @@ def test_a_run_leaves_these_files(run):
     }
     assert {path.name for path in last_checkpoint(trained).iterdir()} == {
         *("config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
-        "manifest.json",
+        *("watch.json", "manifest.json"),
         *MODEL_CODE,
     }
     assert (trained.best_model / "model.pt").is_file()
@@ -428,6 +428,15 @@ def test_windows_that_fail_in_validation_count(run, encoder_folder, tmp_path):
         run(f"--model_path {encoder} --max_window_failures 0.001 --epochs 1", "many")
     with pytest.raises(TrainingError, match=r"probe, validation: 1 of \d+ windows failed"):
         run(f"--model_path {encoder} --max_window_failures 0.001 --epochs 1 --probe_epochs 1", "probe")
+
+
+def test_a_run_that_goes_on_knows_of_the_failures_of_its_epoch(run, encoder_folder, tmp_path):
+    encoder = with_a_poisoned_word(encoder_folder, tmp_path / "poisoned", math.inf)
+    poison("train", SECOND_WINDOW_FAILS, slice(None))
+    for _ in "whole", "from step 3":
+        with pytest.raises(TrainingError, match="step 5: 20 windows of this epoch failed"):
+            run(f"--model_path {encoder} --max_window_failures 0.3 --eval_every 3")
+        assert {path.name for path in Path("logs/run").glob("checkpoint-*")} == {"checkpoint-3"}
 
 
 def test_the_failures_of_a_run_shorter_than_an_epoch_are_a_share_of_what_it_reads(run, encoder_folder, tmp_path):
