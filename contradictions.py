@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from config import Settings
+from config import Settings
 
 
 def contradictions(settings: Settings, said: set[str]) -> list[str]:

@@ -18,7 +18,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from config import DEFAULT_TEST_PATH, Settings, parse_settings
+from command_line import parse_settings
+from config import DEFAULT_TEST_PATH, Settings
 from processes import leave_processes, stop_at_once
 from utils import (
     ConfigError,

@@ -7,10 +7,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from config import Settings
+from config import Settings
 
 _ALONE = {"carry": "none", "num_repeats": 1}
 

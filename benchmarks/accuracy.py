@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from config import parse_settings
+from command_line import parse_settings
 from evaluate import evaluate
 
 PRECISIONS = {"fp32": "", "bf16": "--mixed_precision", "int8": "--int8"}

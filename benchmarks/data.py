@@ -35,7 +35,7 @@ from transformers import AutoModel, PreTrainedTokenizerBase, RobertaConfig, Trai
 
 from benchmarks import common
 from benchmarks.peers import WINDOW, Shape
-from config import parse_settings
+from command_line import parse_settings
 from data_utils.dataset import LongTextBatchSampler, LongTextDataset, collate, load_tokenizer
 from data_utils.readers import read_records
 from models.registry import build_model

@@ -20,7 +20,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, RobertaConfig
 
-from config import parse_settings
+from command_line import parse_settings
 from data_utils.readers import read_records
 from data_utils.records import check_text
 from models.checkpoint import load_checkpoint_tokenizer, load_model_and_config, load_training_texts, save_checkpoint

@@ -17,7 +17,7 @@ from typing import Any, TypedDict
 import main
 from benchmarks.corpora import load_split
 from benchmarks.synthetic_suite import read_predictions
-from config import parse_settings
+from command_line import parse_settings
 from data_utils.dataset import load_tokenizer
 from models.registry import build_model
 from utils import write_text

@@ -13,7 +13,7 @@ import pytest
 from benchmarks import common, quality, report, synthetic_suite
 from benchmarks import quality_protocol as protocol
 from benchmarks.corpora import SPLITS, Document, load_split, write_fold
-from config import parse_settings
+from command_line import parse_settings
 from tests.test_benchmarks_synthetic_suite import tokenizer_of
 from utils import ConfigError, TrainingError
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.linear_model import LogisticRegression
 
 from calibration import fit_temperature, probabilities
-from config import parse_settings
+from command_line import parse_settings
 from data_utils.dataset import LongTextDataset, collate, load_tokenizer
 from linear_probe import FOLDS, LEAST_DEVIATION, SPREAD, STRENGTHS, States, fit_classifiers
 from models.checkpoint import load_model_and_config

@@ -13,7 +13,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 import memory_plan
-from config import parse_settings
+from command_line import parse_settings
 from engine import ReBertaTrainer
 from main import main
 from memory_plan import (

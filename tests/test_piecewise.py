@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from config import parse_settings
+from command_line import parse_settings
 from main import main
 from models.reberta import RecurrentRoBERTa
 from tests.conftest import write_corpus

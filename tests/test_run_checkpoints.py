@@ -14,7 +14,7 @@ from filelock import FileLock
 from safetensors.torch import load_file
 
 import engine
-from config import parse_settings
+from command_line import parse_settings
 from run_checkpoints import MANIFEST, checkpoints, fault, keep, newest_whole, step_of
 from tests.conftest import MODEL_CODE, write_corpus
 from train import train

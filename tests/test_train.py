@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import set_seed
 
-from config import parse_settings
+from command_line import parse_settings
 from data_utils.dataset import LongTextBatchSampler, LongTextDataset, collate, load_tokenizer
 from models.checkpoint import load_model_and_config
 from models.reberta import RecurrentRoBERTa

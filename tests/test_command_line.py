@@ -9,7 +9,8 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from config import GROUPS, Settings, parse_settings
+from command_line import parse_settings
+from config import GROUPS, Settings
 from models.configuration import ReBertaConfig
 from models.registry import ARCHITECTURE, BEHAVIOUR, MODEL_TYPES, READING
 from presets import FIXED
