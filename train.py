@@ -201,6 +201,10 @@ def build_trainer(
             f"--num_warmup_steps {settings.num_warmup_steps} is more than the {budget} steps of this run: "
             "the learning rate would never reach its peak"
         )
+    parameters = sum(p.numel() for p in model.parameters())
+    trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    run.report(parameters=parameters, trained_parameters=trained_parameters)
+    logger.info("%s parameters, of which %s are trained", f"{parameters:,}", f"{trained_parameters:,}")
     logger.info(
         "%d optimizer steps of up to %d documents",
         budget,

@@ -18,8 +18,6 @@ import main
 from benchmarks.corpora import load_split
 from benchmarks.synthetic_suite import read_predictions
 from command_line import parse_settings
-from data_utils.dataset import load_tokenizer
-from models.registry import build_model
 from utils import write_text
 
 RUN = Path("run")
@@ -45,6 +43,7 @@ def run(job: Job) -> dict[str, Any]:
     start = time.perf_counter()
     command(arguments)
     seconds = time.perf_counter() - start
+    status = json.loads((RUN / "status.json").read_text(encoding="utf-8"))
     settings = parse_settings(arguments)
     arguments = ["--mode=evaluate", f"--model_path={BEST_MODEL}", f"--test_path={data / 'test.jsonl'}"]
     shared = ("mixed_precision", "batch_size", "device", "cache_dir")
@@ -53,17 +52,15 @@ def run(job: Job) -> dict[str, Any]:
     tested = json.loads(Path("test/metrics.json").read_text(encoding="utf-8"))
     said = read_predictions(Path("test/predictions.csv"))
     documents = load_split(data, "test")
-    labels = sorted({document["label"] for document in load_split(data, "train")})
-    model = build_model(settings, labels, load_tokenizer(job["encoder"]))
     return {
         **{
             name: tested[name]
             for name in ("accuracy", "f1_macro", "log_loss", "ece", "ece_uncalibrated", "temperature")
         },
-        **best_epoch(RUN, settings.metric_for_best),
+        **best_epoch(RUN, status, settings.metric_for_best),
+        "parameters": status["trained_parameters"],
         "share_read": tested["coverage"]["share"],
         "seconds": round(seconds, 1),
-        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "right": "".join(str(int(said[document["id"]] == document["label"])) for document in documents),
     }
 
@@ -74,9 +71,9 @@ def command(arguments: Sequence[str]) -> None:
         sys.exit(code)
 
 
-def best_epoch(run: Path, loss: str) -> dict[str, float]:
+def best_epoch(run: Path, status: dict[str, Any], loss: str) -> dict[str, float]:
     """Where the best model comes from, and how it did in validation; `loss` is what it was chosen by."""
-    best = json.loads((run / "status.json").read_text(encoding="utf-8"))["best_step"]
+    best = status["best_step"]
     rows = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     row = next(row for row in rows if row["step"] == best and "eval_loss" in row)
     return {

@@ -93,6 +93,16 @@ def test_a_run_leaves_these_files(run):
     assert environment["packages"]["torch"] == torch.__version__
 
 
+def test_a_run_says_how_many_parameters_it_trains(run):
+    trained = run("--freeze_except_last 1 --epochs 1")
+    status = json.loads((trained.run_folder / "status.json").read_text())
+    saved = weights(last_checkpoint(trained))
+    frozen = ("encoder.embeddings.", "encoder.encoder.layer.0.")
+    assert status["parameters"] == sum(value.numel() for value in saved.values())
+    assert status["trained_parameters"] == sum(v.numel() for name, v in saved.items() if not name.startswith(frozen))
+    assert f"of which {status['trained_parameters']:,} are trained" in (trained.run_folder / "train.log").read_text()
+
+
 @pytest.mark.parametrize("more", ["", "--carry gru --window_loss 0.5"])
 def test_accumulation_does_not_change_the_weights(run, more):
     """Documents of unequal length, a ragged last group."""
