@@ -1,7 +1,7 @@
 """Training: from the settings to a run folder and a best model.
 
 `fit` goes through the stages (load the data, build model and engine, train) with a budget; `train` hands it epochs,
-`train_by_steps.train_by_steps` optimizer steps, and nothing else differs. The loop itself is in `engine`.
+`train_by_steps.train_by_steps` optimizer steps, and nothing else differs. The loop itself is in `engine.trainer`.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ from data_utils.augmentation import Masking
 from data_utils.dataset import LongTextDataset, dataset_options, load_tokenizer
 from data_utils.overlap import warn_of_overlap
 from data_utils.readers import expand_paths
-from engine import Data, EngineCallback, MetricsCallback, ReBertaTrainer
-from linear_probe import fit_head
-from memory_plan import plan_memory
+from engine.linear_probe import fit_head
+from engine.memory_plan import plan_memory
+from engine.objective import Objective
+from engine.run_folder import RunFolder, open_run_folder
+from engine.trainer import Data, EngineCallback, MetricsCallback, ReBertaTrainer
 from models.checkpoint import (
     is_checkpoint,
     load_checkpoint_tokenizer,
@@ -41,9 +43,7 @@ from models.checkpoint import (
     load_training_texts,
 )
 from models.registry import build_model, learned_settings
-from objective import Objective
 from processes import join_processes, said_once
-from run_folder import RunFolder, open_run_folder
 from utils import (
     ConfigError,
     DataError,

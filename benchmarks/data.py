@@ -38,8 +38,8 @@ from benchmarks.peers import WINDOW, Shape
 from command_line import parse_settings
 from data_utils.dataset import LongTextBatchSampler, LongTextDataset, collate, load_tokenizer
 from data_utils.readers import read_records
+from engine.run_folder import open_run_folder
 from models.registry import build_model
-from run_folder import open_run_folder
 from train import build_trainer, load_data, run_training
 from utils import quiet_libraries, setup_logging
 

@@ -35,7 +35,7 @@ from tqdm import tqdm
 
 from benchmarks import common
 from benchmarks.runs import HOURGLASS, ONE, TWO, Run, differences, family, outlives, prepare
-from run_checkpoints import step_of
+from engine.run_checkpoints import step_of
 
 STARTUP, TRAINING, SAVE = MOMENTS = ("while starting", "while training", "aimed at a save")
 CHANCES = (0.2, 0.35, 0.45)

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 import main
 from benchmarks.synthetic import save_tiny_encoder, write_corpus
-from run_checkpoints import checkpoints
+from engine.run_checkpoints import checkpoints
 
 ROOT = Path(__file__).parents[1]
 ONE, TWO = "one process", "two under torchrun"

@@ -92,7 +92,7 @@ def encoder_folder(tmp_path_factory) -> Path:
 @pytest.fixture
 def blank_curves(monkeypatch) -> None:
     """Runs in this process leave an empty file of learning curves, whose drawing is more than half of a tiny run."""
-    monkeypatch.setattr("engine.save_run_curves", lambda rows, path: Path(path).touch())
+    monkeypatch.setattr("engine.trainer.save_run_curves", lambda rows, path: Path(path).touch())
 
 
 @pytest.fixture(autouse=True)

@@ -18,10 +18,10 @@ from transformers import set_seed
 
 from command_line import parse_settings
 from data_utils.dataset import LongTextBatchSampler, LongTextDataset, collate, load_tokenizer
+from engine.objective import Objective
 from models.checkpoint import load_model_and_config
 from models.reberta import RecurrentRoBERTa
 from models.registry import build_model
-from objective import Objective
 from tests.conftest import MODEL_CODE, write_corpus
 from train import class_weights, train
 from train_by_steps import train_by_steps

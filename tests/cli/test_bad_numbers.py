@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-import engine
+from engine import trainer
 from main import main
 
 
@@ -15,12 +15,12 @@ from main import main
 def test_a_metric_that_is_not_a_number_is_never_best(project, monkeypatch, metric):
     """Of three evaluations the first and the last give none."""
     values = iter([math.nan, 0.5, math.nan])
-    evaluate = engine.ReBertaTrainer.evaluate
+    evaluate = trainer.ReBertaTrainer.evaluate
 
     def with_nan(self, *arguments, **options):
         return {**evaluate(self, *arguments, **options), f"eval_{metric}": next(values)}
 
-    monkeypatch.setattr(engine.ReBertaTrainer, "evaluate", with_nan)
+    monkeypatch.setattr(trainer.ReBertaTrainer, "evaluate", with_nan)
     monkeypatch.chdir(project)
     flags = f"--metric_for_best {metric} --save_total_limit 1 --output_dir logs/nan_{metric}"
     assert main(f"--config tiny.yaml --mode train --epochs 3 {flags}".split()) == 0

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 from data_utils.cache import DOCUMENTS, MANIFEST
+from engine.run_checkpoints import fault
+from engine.run_checkpoints import seal as sealed
 from main import main
-from run_checkpoints import fault
-from run_checkpoints import seal as sealed
 
 CANARY = "canary"
 HOSTILE_CODE = f"open({CANARY!r}, 'w')\nraise SystemExit\n"

@@ -19,8 +19,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import engine
 from data_utils import dataset
+from engine import trainer
 from main import main
 from models.checkpoint import load_model_and_config
 from tests.conftest import write_corpus
@@ -122,7 +122,7 @@ def test_a_log_that_does_not_fit_is_given_up_with_one_warning(tmp_path, capsys):
 @pytest.mark.parametrize("size", [150_000, 50_000])
 def test_a_disk_that_fills_up_in_training(project, run, monkeypatch, size):
     """The second checkpoint does not fit: safetensors' file, or torch's. The first one is gone on from."""
-    step_end = engine.EngineCallback.on_step_end
+    step_end = trainer.EngineCallback.on_step_end
 
     def fill_up(self, args, state, control, **kwargs):
         if state.global_step == 5:
@@ -132,7 +132,7 @@ def test_a_disk_that_fills_up_in_training(project, run, monkeypatch, size):
     name = f"full{size}"
     arguments = f"--config tiny.yaml --mode train --epochs 3 --save_total_limit 9 --output_dir logs/{name}"
     with monkeypatch.context() as patch:
-        patch.setattr(engine.EngineCallback, "on_step_end", fill_up)
+        patch.setattr(trainer.EngineCallback, "on_step_end", fill_up)
         code, console = run(arguments)
     assert code == 6, console
     one_message(console, name, "the disk is full", "free some space, what was saved before is intact")

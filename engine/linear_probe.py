@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 
 from calibration import fit_temperature
 from data_utils.dataset import LongTextDataset, evaluation_loader
-from engine import ReBertaTrainer
+from engine.objective import Objective, window_shares
+from engine.trainer import ReBertaTrainer
 from evaluation_utils import Prediction, check_windows, failed_places
-from objective import Objective, window_shares
 from utils import TrainingError, error_handler, logger
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # C, as scikit-learn's LogisticRegression counts it

@@ -12,11 +12,9 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-import memory_plan
 from command_line import parse_settings
-from engine import ReBertaTrainer
-from main import main
-from memory_plan import (
+from engine import memory_plan
+from engine.memory_plan import (
     MARGIN,
     Cost,
     Meter,
@@ -27,8 +25,10 @@ from memory_plan import (
     memory_budget,
     training_state,
 )
+from engine.run_folder import open_run_folder
+from engine.trainer import ReBertaTrainer
+from main import main
 from models.registry import build_model
-from run_folder import open_run_folder
 from tests.conftest import write_corpus
 from tests.test_train import assert_same, last_checkpoint, weights
 from train import build_trainer, load_data, train

@@ -15,10 +15,10 @@ from sklearn.linear_model import LogisticRegression
 from calibration import fit_temperature, probabilities
 from command_line import parse_settings
 from data_utils.dataset import LongTextDataset, collate, load_tokenizer
-from linear_probe import FOLDS, LEAST_DEVIATION, SPREAD, STRENGTHS, States, fit_classifiers
+from engine.linear_probe import FOLDS, LEAST_DEVIATION, SPREAD, STRENGTHS, States, fit_classifiers
+from engine.objective import Objective
 from models.checkpoint import load_model_and_config
 from models.registry import build_model
-from objective import Objective
 from tests.conftest import write_corpus
 from train import train
 from utils import ConfigError
@@ -150,7 +150,7 @@ def test_by_log_loss_a_probe_must_be_beaten_by_more_than_a_standard_error(
     argv, encoder_folder, monkeypatch, validation, strengths, more, beaten
 ):
     """Ten documents do not tell; a probe that is regularised to nothing is beaten on the documents of training."""
-    monkeypatch.setattr("linear_probe.STRENGTHS", strengths)
+    monkeypatch.setattr("engine.linear_probe.STRENGTHS", strengths)
     argv += ["--probe_epochs=1", "--metric_for_best=log_loss", "--learning_rate=1e-3", f"--val_path={validation}"]
     trained, rows = started(argv, "run", "--save_total_limit=9", *more)
     validated = {row["step"]: row["eval_log_loss"] for row in rows if "eval_loss" in row}

@@ -13,9 +13,9 @@ import torch
 from filelock import FileLock
 from safetensors.torch import load_file
 
-import engine
 from command_line import parse_settings
-from run_checkpoints import MANIFEST, checkpoints, fault, keep, newest_whole, step_of
+from engine import trainer
+from engine.run_checkpoints import MANIFEST, checkpoints, fault, keep, newest_whole, step_of
 from tests.conftest import MODEL_CODE, write_corpus
 from train import train
 from train_by_steps import train_by_steps
@@ -27,7 +27,7 @@ FLAGS = (
 )
 FILES = {
     *("config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
-    "ema.safetensors",
+    *("ema.safetensors", "watch.json"),
     *MODEL_CODE,
 }
 
@@ -231,7 +231,7 @@ def test_a_signal_at_any_step_changes_nothing(start, monkeypatch, eval_every):
     """At each step, the last of an epoch and of the run included: stopped there, gone on, the same end."""
     flags = f"--epochs 2 --batch_size 8 --save_total_limit 99 --log_steps 1 {eval_every}"
     reference = start(flags, "reference")
-    on_step_end = engine.EngineCallback.on_step_end
+    on_step_end = trainer.EngineCallback.on_step_end
     for step in range(1, 7):
 
         def stopping(self, args, state, control, step=step, **kwargs):
@@ -239,14 +239,14 @@ def test_a_signal_at_any_step_changes_nothing(start, monkeypatch, eval_every):
                 os.kill(os.getpid(), signal.SIGTERM)
             on_step_end(self, args, state, control, **kwargs)
 
-        monkeypatch.setattr(engine.EngineCallback, "on_step_end", stopping)
+        monkeypatch.setattr(trainer.EngineCallback, "on_step_end", stopping)
         name = f"stopped-{step}"
         if step == 6:
             start(flags, name)
         else:
             with pytest.raises(StoppedError, match=f"stopped at step {step} of 6, which is saved"):
                 start(flags, name)
-            monkeypatch.setattr(engine.EngineCallback, "on_step_end", on_step_end)
+            monkeypatch.setattr(trainer.EngineCallback, "on_step_end", on_step_end)
             start(flags, name)
         for file in ("model.safetensors", "ema.safetensors"):
             one, other = (load_file(Path("logs") / run / "checkpoint-6" / file) for run in (name, "reference"))

@@ -26,9 +26,9 @@ import torch
 from filelock import FileLock, Timeout
 
 from config import Settings
+from engine.run_checkpoints import STATE_FILE, fault, newest_whole, set_aside, step_of
 from pretrained import RUN_STATUS
 from processes import gather
-from run_checkpoints import STATE_FILE, fault, newest_whole, set_aside, step_of
 from utils import (
     TEMPORARY,
     ConfigError,

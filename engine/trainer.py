@@ -31,13 +31,13 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerState
 from calibration import fit_temperature, log_losses, probabilities, tune_thresholds
 from config import Settings
 from data_utils.dataset import LongTextBatchSampler, LongTextDataset, collate, evaluation_loader
+from engine.objective import Objective
+from engine.piecewise import PiecewiseTrainer
+from engine.run_checkpoints import STATE_FILE, keep, seal
+from engine.run_folder import RunFolder
 from evaluation_utils import check_windows, classification_metrics, failed_places, predict
 from models.checkpoint import save_checkpoint
-from objective import Objective
-from piecewise import PiecewiseTrainer
 from processes import StopSignals, gather, said_once
-from run_checkpoints import STATE_FILE, keep, seal
-from run_folder import RunFolder
 from utils import TrainingError, logger, write_text
 from visualization_utils import save_run_curves
 

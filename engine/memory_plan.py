@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 
 from config import Settings
 from data_utils.windows import capacity
-from engine import ReBertaTrainer
+from engine.trainer import ReBertaTrainer
 from models.encoder import max_window_size
 from utils import ResourceError, TrainingError, error_handler, logger
 
