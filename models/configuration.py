@@ -69,6 +69,8 @@ class ReBertaConfig(PreTrainedConfig):
         if self.encoder_layers not in (None, encoder.config.num_hidden_layers):
             there = encoder.config.num_hidden_layers
             faults.append(f"encoder_layers is {self.encoder_layers}; this encoder has {there} layers")
+        if self.carry == "residual" and encoder.get_input_embeddings().embedding_dim != encoder.config.hidden_size:
+            faults.append("carry is 'residual'; this encoder's word embeddings are not as wide as its states")
         if self.carry == "none" and self.num_repeats > 1:
             faults.append(
                 f"num_repeats is {self.num_repeats}; with carry 'none' nothing is carried into a second reading"

@@ -205,7 +205,8 @@ class _RandomStateAsBefore:
 def _is_bert_shaped(encoder: PreTrainedModel) -> bool:
     layers = getattr(getattr(encoder, "encoder", None), "layer", None)
     attention = getattr(layers[0], "attention", None) if layers else None
-    return all(hasattr(getattr(attention, "self", None), part) for part in ("query", "key", "value", "scaling"))
+    of_bert = all(hasattr(getattr(attention, "self", None), part) for part in ("query", "key", "value", "scaling"))
+    return of_bert and not hasattr(encoder, "embeddings_project")  # ELECTRA's, where they are narrower than states
 
 
 def _read_layer(layer: Any, hidden_TD: Tensor, batch: int, mask: Tensor | None, cls_only: bool = False) -> Tensor:

@@ -96,13 +96,15 @@ def write_folder(model: RecurrentRoBERTa, tokenizer: PreTrainedTokenizerBase, fo
 
 def _write_graphs(model: RecurrentRoBERTa, folder: Path) -> None:
     config, size = model.config, model.encoder.config.hidden_size
+    width = model.encoder.get_input_embeddings().embedding_dim
     examples = {
-        "embeddings": torch.randn(2, 5, size),
+        "embeddings": torch.randn(2, 5, width),
         "attention_mask": torch.ones(2, 5, dtype=torch.long),
         "states": torch.randn(2, 5, size),
         # one tensor for several of them would tie these inputs to each other
         "memory": torch.randn(2, 5, size),
-        **{name: torch.randn(2, size) for name in ("cls", "output", "fused", "carried", "aggregate")},
+        **{name: torch.randn(2, width) for name in ("cls", "fused")},
+        **{name: torch.randn(2, size) for name in ("output", "carried", "aggregate")},
     }
     beside = [
         name
@@ -121,7 +123,9 @@ def _write_graphs(model: RecurrentRoBERTa, folder: Path) -> None:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it reports each operator of torchvision as missing
     for name, function, inputs, outputs in graphs:
         values = tuple(examples[name] for name in inputs)
-        axes = tuple({axis: Dim.DYNAMIC for axis, n in enumerate(value.shape) if n != size} for value in values)
+        axes = tuple(
+            {axis: Dim.DYNAMIC for axis, n in enumerate(value.shape) if n not in (size, width)} for value in values
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             torch.onnx.export(

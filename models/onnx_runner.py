@@ -93,13 +93,12 @@ class OnnxReBerta:
                 enter = self._enter if states else self._enter_again
                 [embeds_1LD[:, 0]] = enter(embeds_1LD[:, 0], carried_1D)
             output_1D = self._encode(embeds_1LD, mask_L)
-            if carried_1D is not None:
-                before = embeds_1LD[:, 0], carried_1D
-            elif self.config["carry"] == "gru":
-                before = output_1D, np.zeros_like(output_1D)
-            else:  # the output stands in for what was read before: blended with itself it stays what it is
-                before = output_1D, output_1D
-            state_1D, content_1D, memory_1D = self._carry(output_1D, *before)
+            fused_1D, before_1D = embeds_1LD[:, 0], carried_1D
+            if before_1D is None:
+                # the output stands in for what was read before: blended with itself it stays what it is
+                fused_1D = output_1D if self.config["carry"] == "residual" else fused_1D
+                before_1D = np.zeros_like(output_1D) if self.config["carry"] == "gru" else output_1D
+            state_1D, content_1D, memory_1D = self._carry(output_1D, fused_1D, before_1D)
             if not np.isfinite(state_1D).all():
                 raise ValueError(f"window {len(states)} of the document gives a state that is not finite")
             carried_1D = None if self.config["carry"] == "none" else memory_1D

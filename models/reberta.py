@@ -82,6 +82,12 @@ class ReBertaOutput(NamedTuple):
     hidden_states: HiddenStates
 
 
+def _norm_of_states(size: int, width: int) -> nn.Module:
+    """What makes states look like word embeddings, which a few encoders have narrower than their states."""
+    norm = nn.LayerNorm(width)
+    return norm if width == size else nn.Sequential(nn.Linear(size, width), norm)
+
+
 class RecurrentRoBERTa(PreTrainedModel):
     """Windows, gates, aggregation, repeats and head.
 
@@ -132,24 +138,22 @@ class RecurrentRoBERTa(PreTrainedModel):
         config.check(window_encoder)
         super().__init__(config)
         self.positions = max_window_size(window_encoder)
-        size = window_encoder.config.hidden_size
-        if window_encoder.get_input_embeddings().embedding_dim != size:
-            raise ConfigError("an encoder whose word embeddings are not of its hidden size cannot carry a state")
+        size, width = window_encoder.config.hidden_size, window_encoder.get_input_embeddings().embedding_dim
         self.encoder = window_encoder
         if config.position_encoding == "rope":
             use_rotary_positions(self.encoder)
         if config.carry != "none" or config.aggregation == "encoder":
-            self.window_norm = nn.LayerNorm(size)
+            self.window_norm = _norm_of_states(size, width)
         if config.carry != "none":
-            self.window_gate = nn.Linear(2 * size, size)
+            self.window_gate = nn.Linear(2 * width, width)
         if config.carry == "gated":
             self.carry_gate = nn.Linear(2 * size, size)
         elif config.carry == "gru":
             self.carry_cell = MemoryCell(size, size)
             self.carry_output = nn.Linear(2 * size, size)
         if config.num_repeats > 1:
-            self.global_norm = nn.LayerNorm(size)
-            self.global_gate = nn.Linear(2 * size, size)
+            self.global_norm = _norm_of_states(size, width)
+            self.global_gate = nn.Linear(2 * width, width)
         if config.aggregation == "encoder":
             self.aggregation: nn.Module = EncoderAggregation(config.global_alpha)
         elif config.aggregation == "attention":
@@ -167,8 +171,8 @@ class RecurrentRoBERTa(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """All start values of what the encoder does not bring; loaded weights are left alone."""
-        name = next((name for name, child in self.named_children() if child is module), None)
-        if name in ("window_norm", "global_norm"):
+        name = next(name for name, child in self.named_modules() if child is module)
+        if isinstance(module, nn.LayerNorm) and name.startswith(("window_norm", "global_norm")):
             init.constant_(module.weight, self._cls_embedding_scale())
             init.zeros_(module.bias)
         elif isinstance(module, nn.Linear):
@@ -179,7 +183,7 @@ class RecurrentRoBERTa(PreTrainedModel):
             }
             # at first the memory says nothing of the document, whose state is the mean of its windows
             init.normal_(module.weight, std=0.0 if name == "carry_output" else INITIALIZER_RANGE)
-            init.constant_(module.bias, biases.get(name or "", 0.0))
+            init.constant_(module.bias, biases.get(name, 0.0))
         elif isinstance(module, nn.GRUCell):
             for parameter in module.parameters():
                 init.uniform_(parameter, -(module.hidden_size**-0.5), module.hidden_size**-0.5)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import DistilBertConfig
+from transformers import AlbertConfig, DistilBertConfig
 
 from calibration import predicted_labels, probabilities
 from data_utils.dataset import LongTextDataset
@@ -60,12 +60,16 @@ def torch_logits(model: RecurrentRoBERTa, ids: torch.Tensor, mask: torch.Tensor)
         ("roberta", 1, {"carry": "gated", "aggregation": "max", "position_encoding": "rope"}),
         ("bert", 1, {"carry": "none", "aggregation": "transformer"}),
         ("roberta", 1, {"carry": "none"}),
+        ("albert", 2, {"carry": "gru"}),  # whose word embeddings are narrower than its states
     ],
 )
 def test_logits_are_the_models(tmp_path, encoder, num_repeats, options):
     """Each pair of carry and repeats; documents of one window, of several, of a short last one."""
     if encoder == "distilbert":
         config = DistilBertConfig(vocab_size=VOCABULARY, dim=WIDTH, n_layers=2, n_heads=4, hidden_dim=64)
+    elif encoder == "albert":
+        shape = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+        config = AlbertConfig(vocab_size=VOCABULARY, embedding_size=8, **shape)
     else:
         config = tiny_encoder(encoder)
     model = build(config, num_repeats=num_repeats, **options)

@@ -321,23 +321,31 @@ def test_rotary_attention_scores_depend_on_distance_alone():
         (XLMRobertaConfig, {"max_position_embeddings": 66, "pad_token_id": PAD}, 64),
         (CamembertConfig, {"max_position_embeddings": 66, "pad_token_id": PAD}, 64),
         (ElectraConfig, {"max_position_embeddings": 64, "embedding_size": WIDTH}, 64),
+        (ElectraConfig, {"max_position_embeddings": 64, "embedding_size": 8}, 64),
+        (AlbertConfig, {"max_position_embeddings": 64, "embedding_size": 8, "pad_token_id": PAD}, 64),
         (DistilBertConfig, {"max_position_embeddings": 64}, 64),
         (ModernBertConfig, {"max_position_embeddings": 64, "pad_token_id": PAD, "local_attention": 8}, 64),
     ],
 )
 def test_other_encoders_equal_the_slow_twin(kind, changes, positions):
     shape = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    model = build(kind(vocab_size=VOCABULARY, initializer_range=0.3, **shape, **changes))
+    model = build(kind(vocab_size=VOCABULARY, initializer_range=0.1, **shape, **changes), num_repeats=2)
     batch = dict(zip(("input_ids", "attention_mask"), documents(LENGTHS), strict=True))
     assert model.positions == positions
     torch.testing.assert_close(model(**batch).logits, twin_logits(model, **batch), atol=1e-5, rtol=0)
     _assert_same_gradients(model, batch)
 
 
-def test_an_encoder_with_narrow_word_embeddings_is_refused():
+def test_narrow_word_embeddings():
     shape = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    with pytest.raises(ConfigError, match="word embeddings are not of its hidden size"):
-        build(AlbertConfig(vocab_size=VOCABULARY, embedding_size=8, **shape))
+    narrow = AlbertConfig(vocab_size=VOCABULARY, embedding_size=8, **shape)
+    model = RecurrentRoBERTa(num_classes=3, encoder=narrow, window_size=12, num_repeats=2, cls_token_id=CLS)
+    scale = model.encoder.get_input_embeddings().weight[CLS].detach().std()
+    for norm in (model.window_norm[1], model.global_norm[1]):
+        torch.testing.assert_close(norm.weight, scale.expand(8))
+    assert model.window_norm[0].weight.detach().std() == pytest.approx(0.02, rel=0.2)
+    with pytest.raises(ConfigError, match="carry is 'residual'; this encoder's word embeddings are not as wide"):
+        build(narrow, carry="residual")
 
 
 def test_eager_attention_gives_the_same(encoder_config):
