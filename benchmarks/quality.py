@@ -327,7 +327,7 @@ def fill(options: argparse.Namespace, argv: Sequence[str]) -> None:
         finally:
             if options.output is not None and options.output.resolve().parent == report.RESULTS:
                 report.main()
-    print("\n\n".join(quality_report.sections(results.content)))
+    print("\n\n".join([*quality_report.answers(results.content), *quality_report.evidence(results.content)]))
 
 
 def commit() -> str:

@@ -1,9 +1,11 @@
 """docs/results.md from benchmarks/results/quality.json: every number there comes from its rows.
 
-- how it was done, the leaderboard, ReBerta against each model by a paired bootstrap, accuracy by length, the search of
-  learning rates cell by cell, ablations, synthetic tasks, the options of each study
+- `answers`: in short; the leaderboard, ReBerta against each model by a paired bootstrap, synthetic tasks, ablations,
+  accuracy by length
+- `evidence`: machines and commands, details, the search of learning rates cell by cell, the options of each study
 - what has no rows yet is left out; what has only some of its runs says how many
-- what a person has to say of the method stands in benchmarks/notes/quality.md; findings belong into docs/LOG.md
+- what a person has to say stands in benchmarks/notes: `quality.md` before the answers, `quality-method.md` before the
+  evidence; findings belong into docs/LOG.md
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from benchmarks.quality_statistics import (
 from benchmarks.report_tables import Content, Row, machine_line, markdown_table, number
 from evaluation_utils import LENGTH_EDGES
 
+AIM = 0.02  # how much accuracy ReBerta is to be ahead of the best baseline, on average
+AIM_P = 0.05
 Key = tuple[str, str, str, str]  # table, corpus, model, variant
 Studies = Mapping[Key, Sequence[Row]]
 
@@ -86,11 +90,58 @@ class Page:
         return paired_differences(self.right(ours), self.right(others))
 
 
-def sections(content: Content) -> list[str]:
-    """What the page holds below its note."""
+def answers(content: Content) -> list[str]:
     page = Page(content)
-    tables = (leaderboard, against_each, by_length, details, learning_rates, ablations, synthetic, commands)
-    return [text for text in (origin(page), *(table(page) for table in tables)) if text]
+    tables = (in_short, leaderboard, against_each, synthetic, ablations, by_length)
+    return [text for text in (table(page) for table in tables) if text]
+
+
+def evidence(content: Content) -> list[str]:
+    page = Page(content)
+    return [text for text in (table(page) for table in (origin, details, learning_rates, commands)) if text]
+
+
+def in_short(page: Page) -> str:
+    """Whether ReBerta has what is aimed at, and how it does on the synthetic tasks."""
+    lines = []
+    corpora, models = unique_in(page.of(LEADERBOARD), 1), unique_in(page.of(LEADERBOARD), 2)
+    baselines = whole_baselines(page, corpora, models)
+    if baselines and (ours := overall(page, OURS, corpora)) is not None:
+        best = max(baselines, key=baselines.__getitem__)
+        pairs = {c: ((LEADERBOARD, c, OURS, ""), (LEADERBOARD, c, best, "")) for c in corpora}
+        differences = {corpus: page.differences(*pair) for corpus, pair in pairs.items()}
+        found = paired_bootstrap([*differences.values()])
+        mean_cell, interval, p = bootstrap_cells([*differences.values()])
+        ahead = all(values.mean() >= 0 for values in differences.values())
+        reached = found.mean >= AIM and ahead and found.p < AIM_P
+        lines.append(
+            f"- Accuracy, the mean of {', '.join(corpora)}: **{OURS} {ours:.3f}; the best baseline, {best}, "
+            f"{baselines[best]:.3f}**. The difference by documents is {mean_cell} (95 % {interval}, p {p})."
+        )
+        lines.append(
+            f"- The aim, {AIM:.2f} ahead of the best baseline on average, behind it on no corpus, p below {AIM_P:g}: "
+            f"**{'reached' if reached else 'not reached'}**."
+        )
+        for corpus in corpora:
+            scores = {m: mean(row["accuracy"] for row in page.counted[LEADERBOARD, corpus, m, ""]) for m in baselines}
+            own = mean(row["accuracy"] for row in page.counted[LEADERBOARD, corpus, OURS, ""])
+            if better := [f"{model} {score:.3f}" for model, score in scores.items() if score > own]:
+                lines.append(f"- On {corpus} {', '.join(better)} is ahead of {OURS}'s {own:.3f}.")
+    keys = page.of(SYNTHETIC)
+    tasks, names = unique_in(keys, 1), list(dict.fromkeys(map(named, keys)))
+    by_name = {(named(key), key[1]): worst(page, key) for key in keys}
+    cells = [[name, *(by_name.get((name, task), "") for task in tasks)] for name in names]
+    if tasks:
+        table = markdown_table(["synthetic tasks, worst distance", *tasks], cells, left=1)
+        lines += ["- Accuracy on the synthetic tasks at the distance where it is lowest:", "", table]
+    return "\n".join(["## In short", "", *lines]) if lines else ""
+
+
+def worst(page: Page, key: Key) -> str:
+    """The least accuracy over distances, each a mean over runs."""
+    rows = page.counted[key]
+    distances = rows[0]["accuracy_by_distance"]
+    return f"{min(mean(row['accuracy_by_distance'][distance] for row in rows) for distance in distances):.3f}"
 
 
 def origin(page: Page) -> str:
@@ -196,17 +247,22 @@ def bootstrap_cells(differences: Sequence[np.ndarray]) -> list[str]:
 
 def best_baselines(page: Page, corpora: Sequence[str], models: Sequence[str]) -> list[str]:
     """Which it is, with and without the linear model, among those that have all their runs on all corpora."""
-    means = {model: overall(page, model, corpora) for model in models if model != OURS}
-    whole = {model: value for model, value in means.items() if value is not None}
+    whole = whole_baselines(page, corpora, models)
     said = []
     for of, left_out in (("all", None), ("those that the engine trains", LINEAR)):
         allowed = {model: value for model, value in whole.items() if model != left_out}
         if allowed:
             best = max(allowed, key=allowed.__getitem__)
             said.append(f"The best baseline of {of}, on average: {best}, {allowed[best]:.3f}.")
-    if said and len(whole) < len(means):
-        said.append(f"Not among them, since runs are missing: {', '.join(m for m in means if m not in whole)}.")
+    if said and (missing := [model for model in models if model not in (OURS, *whole)]):
+        said.append(f"Not among them, since runs are missing: {', '.join(missing)}.")
     return [" ".join(said)] if said else []
+
+
+def whole_baselines(page: Page, corpora: Sequence[str], models: Sequence[str]) -> dict[str, float]:
+    """Mean accuracy of the baselines that have all their runs on all corpora."""
+    means = {model: overall(page, model, corpora) for model in models if model != OURS}
+    return {model: value for model, value in means.items() if value is not None}
 
 
 def by_length(page: Page) -> str:

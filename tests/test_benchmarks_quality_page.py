@@ -95,7 +95,8 @@ def content_of(rows: list[dict[str, Any]], **runs: int) -> dict[str, Any]:
 
 
 def page_of(rows: list[dict[str, Any]]) -> str:
-    return "\n\n".join(quality_report.sections(content_of(rows)))
+    content = content_of(rows)
+    return "\n\n".join([*quality_report.answers(content), *quality_report.evidence(content)])
 
 
 def test_page_of_one_cell():
@@ -150,8 +151,22 @@ def test_page_of_whole_and_partial_models():
         *(row("01", corpus="brown-15", model="mean", fold=fold) for fold in (0, 1)),
     ]
     text = page_of(rows)
+    assert "**reberta 0.750; the best baseline, mean, 0.500**. The difference by documents is +0.250 (95 %" in text
+    assert "behind it on no corpus, p below 0.05: **not reached**" in text
+    assert "is ahead of reberta" not in text
     assert "The best baseline of all, on average: mean, 0.500." in text
     assert "| mean | +0.250 | +0.250 | +0.250 |" in text
+
+
+def test_what_is_aimed_at_may_be_reached_or_missed_on_a_corpus():
+    both = [(c, fold) for c in ("sotu-era", "brown-15") for fold in (0, 1)]
+    rows = [row("11", corpus=c, fold=fold) for c, fold in both]
+    rows += [row("01", corpus=c, model="mean", fold=fold) for c, fold in both]
+    assert "p below 0.05: **reached**" in page_of(rows)
+    rows[2:4] = [row("00", corpus="brown-15", fold=fold) for fold in (0, 1)]
+    text = page_of(rows)
+    assert "**not reached**" in text
+    assert "- On brown-15 mean 0.500 is ahead of reberta's 0.000." in text
 
 
 def test_page_of_ablations_and_synthetic_tasks():
@@ -163,4 +178,6 @@ def test_page_of_ablations_and_synthetic_tasks():
     assert "| variant | sotu-era | less reberta | mean | 95 % | p |" in text
     assert "| carry none | 1.000 | +0.500 | +0.500 | +0.000 to +1.000 |" in text
     assert "| order | runs | distance 1 | distance 16 | all |" in text
+    assert "| synthetic tasks, worst distance | order |" in text
+    assert "| reberta, carry none | 0.500 |" in text
     assert "| reberta, carry none | 1 of 1 | 0.750 | 0.500 | 0.500 |" in text
