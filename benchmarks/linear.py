@@ -3,7 +3,7 @@
     python -m benchmarks.linear [NAME ...] [--corpora DIR --words 380 --output FILE.json]
 
 - the corpora and folds of benchmarks.corpora; trained on a fold's training set alone
-- of C the value that is best on its validation set, the first of `C_GRID` among equals; it is in each row
+- C is chosen on its validation set, and is in each row
 - `long` documents are those that one window of 512 tokens cannot hold
 - a row a corpus, fold and number of words; then means and standard deviations over the folds
 """
@@ -15,50 +15,18 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import sklearn
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.metrics import accuracy_score, f1_score
-from sklearn.svm import LinearSVC
+from sklearn.metrics import f1_score
 from tqdm import tqdm
 
 from benchmarks import common, corpora
-from benchmarks.corpora import LONG, SPLITS, Document, load_split
-from benchmarks.report_tables import Row, markdown_table, unique
+from benchmarks.corpora import LONG, SPLITS, load_split
+from benchmarks.report_tables import Row, markdown_table, spread, unique
+from benchmarks.tfidf_svm import OPTIONS, fit, labels
 
-C_GRID = (1, 3, 0.3, 10, 0.1, 30)
-OPTIONS = {"features": "words, sublinear tf, idf, length 1", "C": list(C_GRID), "scikit-learn": sklearn.__version__}
 WHOLE = "whole"
 SCORES = ("accuracy", "f1_macro", "accuracy_long")
-
-
-class Fitted(NamedTuple):
-    """The chosen C, its accuracy in validation, and what it says of the test set's documents, in their order."""
-
-    c: float
-    validation_accuracy: float
-    predictions: list[str]
-
-
-def fit(fold: dict[str, list[Document]], words: int | None) -> Fitted:
-    """Train, choose and predict on the first `words` words of each document, or on all of them."""
-    vectorizer = TfidfVectorizer(sublinear_tf=True)
-    train, validation, test = (
-        [" ".join(document["text"].split()[:words]) for document in fold[part]] for part in SPLITS
-    )
-    features = vectorizer.fit_transform(train)
-    in_validation = vectorizer.transform(validation)
-    machines = {c: LinearSVC(C=c, random_state=0).fit(features, labels(fold["train"])) for c in C_GRID}
-    scores = {
-        c: accuracy_score(labels(fold["validation"]), machine.predict(in_validation)) for c, machine in machines.items()
-    }
-    best = max(C_GRID, key=scores.__getitem__)
-    return Fitted(best, scores[best], machines[best].predict(vectorizer.transform(test)).tolist())
-
-
-def labels(documents: Sequence[Document]) -> list[str]:
-    return [document["label"] for document in documents]
 
 
 def measure(folder: Path, words: int | None) -> dict[str, Any]:
@@ -93,12 +61,6 @@ def summary(rows: Sequence[Row]) -> str:
                     [corpus, words, str(len(folds)), *(spread([row[score] for row in folds]) for score in SCORES)]
                 )
     return markdown_table(["corpus", "words", "folds", *SCORES], lines, left=1)
-
-
-def spread(values: Sequence[float | None]) -> str:
-    found = [value for value in values if value is not None]
-    mean = f"{statistics.mean(found):.3f}" if found else ""
-    return f"{mean} ± {statistics.stdev(found):.3f}" if len(found) > 1 else mean
 
 
 def main(argv: Sequence[str]) -> None:

@@ -43,9 +43,9 @@ from tqdm import tqdm
 from benchmarks import common, corpora, quality_report, report, synthetic_suite
 from benchmarks import quality_protocol as protocol
 from benchmarks.corpora import LONG, SPLITS, Document, load_split
-from benchmarks.linear import fit
 from benchmarks.quality_protocol import Study
 from benchmarks.quality_statistics import chosen_rate, select
+from benchmarks.tfidf_svm import fit
 from utils import ReBertaError, TrainingError, logger, setup_logging, write_text
 
 ROOT = Path(__file__).parents[1]

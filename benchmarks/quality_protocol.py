@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks import synthetic_suite
-from benchmarks.linear import OPTIONS as LINEAR_OPTIONS
+from benchmarks.tfidf_svm import OPTIONS as LINEAR_OPTIONS
 from utils import ConfigError
 
 LEADERBOARD, ABLATIONS, SYNTHETIC = TABLES = ("leaderboard", "ablations", "synthetic")

@@ -18,7 +18,6 @@ from statistics import mean
 
 import numpy as np
 
-from benchmarks.linear import spread
 from benchmarks.quality_protocol import ABLATIONS, LEADERBOARD, LINEAR, MODELS, OURS, SYNTHETIC
 from benchmarks.quality_statistics import (
     STUDY,
@@ -30,7 +29,7 @@ from benchmarks.quality_statistics import (
     search,
     validation_loss,
 )
-from benchmarks.report_tables import Content, Row, machine_line, markdown_table, number
+from benchmarks.report_tables import Content, Row, machine_line, markdown_table, number, spread
 from evaluation_utils import LENGTH_EDGES
 
 AIM = 0.02  # how much accuracy ReBerta is to be ahead of the best baseline, on average

@@ -38,6 +38,13 @@ def number(value: Any) -> str:
     return f"{value:,.0f}" if isinstance(value, int) or abs(value) >= 100 else f"{value:.3g}"
 
 
+def spread(values: Sequence[float | None]) -> str:
+    """Mean and standard deviation of what there is."""
+    found = [value for value in values if value is not None]
+    mean = f"{statistics.mean(found):.3f}" if found else ""
+    return f"{mean} ± {statistics.stdev(found):.3f}" if len(found) > 1 else mean
+
+
 def machine_line(machine: Content, *more: str) -> str:
     """A processor and its memory, and `more` of how it was used."""
     amx = "AMX" if machine["amx"] else "no AMX"

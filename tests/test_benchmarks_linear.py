@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks import linear
 from benchmarks.corpora import Document, write_fold
-from benchmarks.linear import fit, main, summary
+from benchmarks.linear import main, summary
+from benchmarks.tfidf_svm import fit
 
 LABELS = ("war", "peace", "trade")
 
