@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import linear
+from benchmarks import linear, tfidf_svm
 from benchmarks.corpora import Document, write_fold
 from benchmarks.linear import main, summary
 from benchmarks.tfidf_svm import fit
@@ -70,7 +70,7 @@ def test_c_is_chosen_on_validation_data_alone(monkeypatch):
     """With a C near 0 everything is the label that most documents have."""
     fold = make_fold()
     fold["train"] = [d for d in fold["train"] if d["label"] == "war" or int(d["id"]) < 9]
-    monkeypatch.setattr(linear, "C_GRID", (1e-6, 10))
+    monkeypatch.setattr(tfidf_svm, "C_GRID", (1e-6, 10))
     assert fit(fold, None)[:2] == (10, 1)
     fold["validation"] = [{**d, "label": "war"} for d in fold["validation"]]
     assert fit(fold, None) == (1e-6, 1, ["war"] * 12)
