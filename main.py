@@ -11,6 +11,7 @@ Exit codes: 0 done; 1 unexpected; 2 options; 3 data; 4 model or checkpoint; 5 tr
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import signal
@@ -24,6 +25,7 @@ from processes import leave_processes, stop_at_once
 from utils import (
     ConfigError,
     ReBertaError,
+    clean_gpu_memory,
     expected_error,
     is_main_process,
     limit_gpu_memory,
@@ -67,6 +69,8 @@ def dispatch(settings: Settings) -> None:
         if settings.mode == "train_and_evaluate":
             from evaluate import evaluate
 
+            gc.collect()  # the trainer, its model and its optimizer lie in reference cycles
+            clean_gpu_memory()
             of_best_model = {
                 "model_path": str(trained.best_model / "model.pt"),
                 "test_path": test_path,
@@ -79,6 +83,7 @@ def main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
     """Parse, run, and turn an error into one message and an exit code."""
     setup_logging()
     before = signal.signal(signal.SIGTERM, stop_at_once)
+    exit_code = 0
     try:
         settings = parse_settings(argv, description=__doc__, **defaults)
         setup_logging(settings.log_level)
@@ -88,20 +93,20 @@ def main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
     except ReBertaError as error:
         if is_main_process() or not isinstance(error, ConfigError):  # that one is the same in all processes
             logger.log(error.level, "%s", error, exc_info=logger.isEnabledFor(logging.DEBUG))
-        return error.exit_code
+        exit_code = error.exit_code
     except KeyboardInterrupt:
         logger.error("stopped by Ctrl-C")
-        return 130
+        exit_code = 130
     except Exception as error:
         if known := expected_error(error):
             logger.error("%s", known, exc_info=logger.isEnabledFor(logging.DEBUG))
-            return known.exit_code
-        logger.exception("unexpected error; please report it with what stands above")
-        return 1
+        else:
+            logger.exception("unexpected error; please report it with what stands above")
+        exit_code = known.exit_code if known else 1
     finally:
         signal.signal(signal.SIGTERM, before)
-        leave_processes()
-    return 0
+    leave_processes(exit_code)
+    return exit_code
 
 
 if __name__ == "__main__":

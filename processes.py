@@ -75,15 +75,21 @@ def join_processes(device: torch.device) -> torch.device:
     return PartialState(cpu=device.type == "cpu", timeout=LONGEST_WAIT).device
 
 
-def leave_processes() -> None:
-    """End the group, with its threads.
+def leave_processes(exit_code: int) -> None:
+    """End the group, with its threads; after an error, where it is NCCL's, this process with it.
 
-    A trainer and its model hold it and lie in reference cycles. Left to the end of the interpreter, a thread of gloo
-    that still has a tensor to release aborts the process (pytorch/pytorch#179291).
+    NCCL ends a group in all of its processes together (pytorch/pytorch#180611): one that failed would wait for others
+    that wait for it. Once it is gone torchrun stops them.
+    A trainer and its model hold the group and lie in reference cycles. Left to the end of the interpreter, a thread of
+    gloo that still has a tensor to release aborts the process (pytorch/pytorch#179291).
     """
-    if torch.distributed.is_initialized():
-        gc.collect()
-        torch.distributed.destroy_process_group()
+    if not torch.distributed.is_initialized():
+        return
+    if exit_code and torch.distributed.get_backend() == "nccl":
+        logging.shutdown()
+        os._exit(exit_code)
+    gc.collect()
+    torch.distributed.destroy_process_group()
 
 
 def said_once(error: E) -> E:

@@ -157,8 +157,8 @@ def expected_error(error: Exception) -> ReBertaError | None:
     worker or another process that ended. None for any other."""
     message = _without_worker(str(error))
     if isinstance(error, torch.distributed.DistError) or "gloo" in message:
-        return ProcessLostError("another process has ended, whose message says why")
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in message:
+        return ProcessLostError(f"another process has ended, whose message says why; if none does: {message}")
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _NO_MEMORY_SAID.search(message):
         return ResourceError(f"out of memory ({message}); lower --batch_size or raise --memory_level")
     if (isinstance(error, OSError) and error.errno in _DISK_FULL) or _DISK_FULL_SAID.search(message):
         return ResourceError(f"the disk is full ({message}); free some space, what was saved before is intact")
@@ -189,6 +189,7 @@ def _signals_of_workers(error: Exception) -> list[int]:
 
 # EFBIG is a limit of the shell's (ulimit) or of the file system; torch and numpy say no more than that a write failed
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_MEMORY_SAID = re.compile("can't allocate memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED")
 _DISK_FULL_SAID = re.compile(
     r"\(os error (28|122|27)\)|PytorchStreamWriter|unexpected pos \d+ vs|iostream error|\d+ requested and \d+ written"
 )
@@ -367,7 +368,7 @@ def mixed_precision_type(wanted: str, device: torch.device) -> str:
     if wanted == "fp16" and device.type == "cpu":
         logger.warning("--mixed_precision_type fp16: CPUs compute in bf16, so bf16 it is")
         return "bf16"
-    if wanted == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+    if wanted == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         logger.warning("--mixed_precision_type bf16: this GPU does not have it, so fp16 it is")
         return "fp16"
     return wanted

@@ -34,7 +34,9 @@ class Objective:
     def losses(self, logits: Tensor, labels: Tensor) -> Tensor:
         """[n] of logits [n, C] and labels [n]; [n, C] of labels [n, C]."""
         logits = logits.float()
-        weight = self.class_weights.to(logits.device) if self.class_weights is not None else None
+        if self.class_weights is not None:  # moved once
+            self.class_weights = self.class_weights.to(logits.device)
+        weight = self.class_weights
         if labels.dim() == 2:
             targets = labels * (1 - self.label_smoothing) + self.label_smoothing / 2
             return nn.functional.binary_cross_entropy_with_logits(logits, targets, pos_weight=weight, reduction="none")

@@ -60,7 +60,8 @@ class Data(NamedTuple):
 class Watch:
     """Looks at each update before it is made: every logit finite, few enough failed windows, in all processes.
 
-    One look at the host per update. `budget` is the number of windows of an epoch, or of a shorter run, that may fail.
+    A GPU is waited for then, once an update is computed. `budget` is the number of windows of an epoch, or of a shorter
+    run, that may fail.
     """
 
     def __init__(self, ids: Sequence[str], budget: float) -> None:
@@ -355,20 +356,25 @@ class MetricsCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            lines = [json.dumps(row) for row in state.log_history]
-            write_text(self.run.metrics, "".join(f"{line}\n" for line in lines))
+            write_text(self.run.metrics, "".join(map(self._line, state.log_history)))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero:
             return
         row = state.log_history[-1]
         with self.run.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(self._line(row))
         shown = {name: value for name, value in row.items() if name not in ("step", "epoch", "total_flos")}
         values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         logger.info("step %d/%d, epoch %.2f: %s", row["step"], state.max_steps, row.get("epoch", 0), values)
         progress = {"step": row["step"], "max_steps": state.max_steps, "epoch": row.get("epoch", 0)}
         self.run.report(**progress, best_metric=state.best_metric, best_step=state.best_global_step)
+
+    @staticmethod
+    def _line(row: dict[str, Any]) -> str:
+        """JSON has no infinity, which the norm of gradients is where fp16 overflows: null."""
+        finite = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+        return json.dumps(finite, allow_nan=False) + "\n"
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if time.monotonic() - self.drawn > SECONDS_BETWEEN_CURVES:

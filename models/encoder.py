@@ -151,7 +151,11 @@ def pooled_output(
         return hidden_BWD[:, 0] if pooling == "cls" else _token_mean(hidden_BWD, mask_BW)
     batch = len(embeds_BWD)
     hidden_TD = encoder.embeddings(inputs_embeds=embeds_BWD).flatten(0, 1)
-    mask = create_bidirectional_mask(encoder.config, embeds_BWD, mask_BW) if mask_BW is not None else None
+    mask = None
+    if mask_BW is not None:
+        # or a GPU would be waited for, to know whether anything is padded
+        may_be_none = embeds_BWD.device.type == "cpu"
+        mask = create_bidirectional_mask(encoder.config, embeds_BWD, mask_BW, allow_is_bidirectional_skip=may_be_none)
     *layers, last = encoder.encoder.layer
     for layer in layers if pooling == "cls" else [*layers, last]:
         arguments = layer, hidden_TD, batch, mask

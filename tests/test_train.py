@@ -19,11 +19,12 @@ from transformers import set_seed
 from command_line import parse_settings
 from data_utils.dataset import LongTextBatchSampler, LongTextDataset, collate, load_tokenizer
 from engine.objective import Objective
+from engine.trainer import MetricsCallback
 from models.checkpoint import load_model_and_config
 from models.reberta import RecurrentRoBERTa
 from models.registry import build_model
 from tests.conftest import MODEL_CODE, write_corpus
-from train import class_weights, train
+from train import OPTIMIZERS, class_weights, train
 from train_by_steps import train_by_steps
 from utils import ConfigError, TrainingError
 
@@ -459,6 +460,36 @@ def test_the_failures_of_a_run_shorter_than_an_epoch_are_a_share_of_what_it_read
 def test_a_learning_rate_that_explodes_is_an_error(run):
     with pytest.raises(TrainingError, match="not finite"):
         run("--learning_rate 1e30 --gradient_clip_val 0 --num_warmup_steps 0 --optimizer_type sgd")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_overflow_of_fp16_leaves_no_trace(name):
+    kind, options = OPTIMIZERS[name]
+    weight, twin = (nn.Parameter(torch.ones(512)) for _ in range(2))
+    optimizer, plain = (kind([parameter], lr=0.1, **options) for parameter in (weight, twin))
+    scaler = torch.amp.GradScaler("cpu")
+    for factor in (math.inf, 1.0, 1.0):
+        optimizer.zero_grad()
+        scaler.scale(weight.square().sum() * factor).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if factor == 1:
+            plain.zero_grad()
+            twin.square().sum().backward()
+            plain.step()
+        torch.testing.assert_close(weight, twin)
+    assert scaler.get_scale() == 2.0**15
+
+
+def test_metrics_are_json_whatever_the_numbers(tmp_path):
+    run = SimpleNamespace(metrics=tmp_path / "metrics.jsonl", report=lambda **facts: None)
+    history = [{"step": 1, "loss": 0.5, "grad_norm": math.inf}, {"step": 2, "loss": math.nan}]
+    state = SimpleNamespace(
+        is_world_process_zero=True, log_history=history, max_steps=2, best_metric=None, best_global_step=None
+    )
+    MetricsCallback(run).on_log(None, state, None)
+    MetricsCallback(run).on_train_begin(None, state, None)
+    assert run.metrics.read_text() == ('{"step": 1, "loss": 0.5, "grad_norm": null}\n{"step": 2, "loss": null}\n')
 
 
 def test_objective_sums():

@@ -150,7 +150,7 @@ def test_mixed_precision_falls_back_with_a_warning(monkeypatch, caplog):
     assert caplog.text == ""
     assert mixed_precision_type("fp16", torch.device("cpu")) == "bf16"
     assert "CPUs compute in bf16" in caplog.text
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
     assert mixed_precision_type("bf16", torch.device("cuda")) == "fp16"
     assert "this GPU does not have it" in caplog.text
 
