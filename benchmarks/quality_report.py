@@ -125,7 +125,7 @@ def in_short(page: Page) -> str:
             scores = {m: mean(row["accuracy"] for row in page.counted[LEADERBOARD, corpus, m, ""]) for m in baselines}
             own = mean(row["accuracy"] for row in page.counted[LEADERBOARD, corpus, OURS, ""])
             if better := [f"{model} {score:.3f}" for model, score in scores.items() if score > own]:
-                lines.append(f"- On {corpus} {', '.join(better)} is ahead of {OURS}'s {own:.3f}.")
+                lines.append(f"- On {corpus}, ahead of {OURS}'s {own:.3f}: {', '.join(better)}.")
     keys = page.of(SYNTHETIC)
     tasks, names = unique_in(keys, 1), list(dict.fromkeys(map(named, keys)))
     by_name = {(named(key), key[1]): worst(page, key) for key in keys}
