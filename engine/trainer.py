@@ -301,8 +301,8 @@ class EngineCallback(TrainerCallback):
         settings = self.trainer.settings
         epochs = state.max_steps * args.gradient_accumulation_steps / len(self.trainer.train_sampler)
         self.trainer.watch.budget *= min(1.0, epochs)  # of a run that ends before its first epoch does
-        if self.resume_from is not None:
-            self.trainer.watch.load(Path(self.resume_from) / WATCH_FILE)
+        if self.resume_from is not None and (watch := Path(self.resume_from) / WATCH_FILE).is_file():
+            self.trainer.watch.load(watch)  # checkpoints of before it have none
         if self.resume_from is not None and settings.probe_epochs and settings.metric_for_best == "log_loss":
             self.trainer.probe_losses_n = load_file(Path(self.resume_from) / PROBE_FILE)["losses"]
         decay = settings.ema_decay
