@@ -34,8 +34,9 @@ def parse_settings(argv: Sequence[str] | None = None, *, description: str | None
     """
     given, unknown = _parser(description).parse_known_args(argv)
     flags = {name: value for name, value in vars(given).items() if value is not None}
-    faults = [f"--{name}: its value is missing" for name, value in flags.items() if value in (MISSING, [])]
-    flags = {name: value for name, value in flags.items() if value not in (MISSING, [])}
+    missing = [name for name, value in flags.items() if value in (MISSING, [])]
+    faults = [f"--{name}: its value is missing" for name in missing]
+    flags = {name: value for name, value in flags.items() if name not in missing}
     config_path = flags.pop("config", None)
     faults += [_unknown(word) for word in unknown if word.startswith("--")]
     faults += [f"{word!r} belongs to no option" for word in unknown if not word.startswith("--")][: not faults]

@@ -11,7 +11,6 @@ Exit codes: 0 done; 1 unexpected; 2 options; 3 data; 4 model or checkpoint; 5 tr
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 import signal
@@ -69,8 +68,7 @@ def dispatch(settings: Settings) -> None:
         if settings.mode == "train_and_evaluate":
             from evaluate import evaluate
 
-            gc.collect()  # the trainer, its model and its optimizer lie in reference cycles
-            clean_gpu_memory()
+            clean_gpu_memory()  # of the trainer and its optimizer
             of_best_model = {
                 "model_path": str(trained.best_model / "model.pt"),
                 "test_path": test_path,

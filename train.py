@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from sklearn.utils.class_weight import compute_class_weight
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     EarlyStoppingCallback,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
     ProgressCallback,
@@ -166,7 +167,7 @@ def build_trainer(
     settings: Settings,
     data: Data,
     run: RunFolder,
-    model: nn.Module,
+    model: PreTrainedModel,
     device: torch.device,
     resume_from: str | None,
     *,
@@ -202,8 +203,7 @@ def build_trainer(
             f"--num_warmup_steps {settings.num_warmup_steps} is more than the {budget} steps of this run: "
             "the learning rate would never reach its peak"
         )
-    parameters = sum(p.numel() for p in model.parameters())
-    trained_parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parameters, trained_parameters = model.num_parameters(), model.num_parameters(only_trainable=True)
     run.report(parameters=parameters, trained_parameters=trained_parameters)
     logger.info("%s parameters, of which %s are trained", f"{parameters:,}", f"{trained_parameters:,}")
     logger.info(

@@ -327,7 +327,8 @@ def fill(options: argparse.Namespace, argv: Sequence[str]) -> None:
         finally:
             if options.output is not None and options.output.resolve().parent == report.RESULTS:
                 report.main()
-    print("\n\n".join([*quality_report.answers(results.content), *quality_report.evidence(results.content)]))
+    page = quality_report.Page(results.content)
+    print("\n\n".join([*quality_report.answers(page), *quality_report.evidence(page)]))
 
 
 def commit() -> str:

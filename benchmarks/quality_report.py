@@ -21,6 +21,7 @@ import numpy as np
 from benchmarks.quality_protocol import ABLATIONS, LEADERBOARD, LINEAR, MODELS, OURS, SYNTHETIC
 from benchmarks.quality_statistics import (
     STUDY,
+    Difference,
     chosen_rate,
     counted,
     paired_bootstrap,
@@ -88,52 +89,65 @@ class Page:
         """By document, over the folds that both were tested on."""
         return paired_differences(self.right(ours), self.right(others))
 
+    def lead_over(self, model: str, corpora: Iterable[str]) -> dict[str, np.ndarray]:
+        """ReBerta's differences to a model by corpus, of those where there are any."""
+        pairs = {c: ((LEADERBOARD, c, OURS, ""), (LEADERBOARD, c, model, "")) for c in corpora}
+        found = {c: self.differences(*pair) for c, pair in pairs.items() if {*pair} <= self.counted.keys()}
+        return {corpus: differences for corpus, differences in found.items() if len(differences)}
 
-def answers(content: Content) -> list[str]:
-    page = Page(content)
+    def accuracy(self, key: Key) -> float:
+        """Mean over the runs."""
+        return mean(row["accuracy"] for row in self.counted[key])
+
+
+def answers(page: Page) -> list[str]:
     tables = (in_short, leaderboard, against_each, synthetic, ablations, by_length)
     return [text for text in (table(page) for table in tables) if text]
 
 
-def evidence(content: Content) -> list[str]:
-    page = Page(content)
+def evidence(page: Page) -> list[str]:
     return [text for text in (table(page) for table in (origin, details, learning_rates, commands)) if text]
 
 
 def in_short(page: Page) -> str:
-    """Whether ReBerta has what is aimed at, and how it does on the synthetic tasks."""
-    lines = []
+    lines = [*verdict(page), *worst_distances(page)]
+    return "\n".join(["## In short", "", *lines]) if lines else ""
+
+
+def verdict(page: Page) -> list[str]:
+    """Whether ReBerta has what is aimed at, and which baselines are ahead of it."""
     corpora, models = unique_in(page.of(LEADERBOARD), 1), unique_in(page.of(LEADERBOARD), 2)
     baselines = whole_baselines(page, corpora, models)
-    if baselines and (ours := overall(page, OURS, corpora)) is not None:
-        best = max(baselines, key=baselines.__getitem__)
-        pairs = {c: ((LEADERBOARD, c, OURS, ""), (LEADERBOARD, c, best, "")) for c in corpora}
-        differences = {corpus: page.differences(*pair) for corpus, pair in pairs.items()}
-        found = paired_bootstrap([*differences.values()])
-        mean_cell, interval, p = bootstrap_cells([*differences.values()])
-        ahead = all(values.mean() >= 0 for values in differences.values())
-        reached = found.mean >= AIM and ahead and found.p < AIM_P
-        lines.append(
-            f"- Accuracy, the mean of {', '.join(corpora)}: **{OURS} {ours:.3f}; the best baseline, {best}, "
-            f"{baselines[best]:.3f}**. The difference by documents is {mean_cell} (95 % {interval}, p {p})."
-        )
-        lines.append(
-            f"- The aim, {AIM:.2f} ahead of the best baseline on average, behind it on no corpus, p below {AIM_P:g}: "
-            f"**{'reached' if reached else 'not reached'}**."
-        )
-        for corpus in corpora:
-            scores = {m: mean(row["accuracy"] for row in page.counted[LEADERBOARD, corpus, m, ""]) for m in baselines}
-            own = mean(row["accuracy"] for row in page.counted[LEADERBOARD, corpus, OURS, ""])
-            if better := [f"{model} {score:.3f}" for model, score in scores.items() if score > own]:
-                lines.append(f"- On {corpus}, ahead of {OURS}'s {own:.3f}: {', '.join(better)}.")
+    ours = overall(page, OURS, corpora) if baselines else None
+    if ours is None:
+        return []
+    best = max(baselines, key=baselines.__getitem__)
+    differences = [*page.lead_over(best, corpora).values()]
+    found = paired_bootstrap(differences)
+    difference, interval, p = difference_cells(found)
+    reached = found.mean >= AIM and found.p < AIM_P and all(values.mean() >= 0 for values in differences)
+    lines = [
+        f"- Accuracy, the mean of {', '.join(corpora)}: **{OURS} {ours:.3f}; the best baseline, {best}, "
+        f"{baselines[best]:.3f}**. The difference by documents is {difference} (95 % {interval}, p {p}).",
+        f"- The aim, {AIM:.2f} ahead of the best baseline on average, behind it on no corpus, p below {AIM_P:g}: "
+        f"**{'reached' if reached else 'not reached'}**.",
+    ]
+    for corpus in corpora:
+        own, *others = (page.accuracy((LEADERBOARD, corpus, model, "")) for model in (OURS, *baselines))
+        better = [f"{model} {score:.3f}" for model, score in zip(baselines, others, strict=True) if score > own]
+        lines += [f"- On {corpus}, ahead of {OURS}'s {own:.3f}: {', '.join(better)}."] if better else []
+    return lines
+
+
+def worst_distances(page: Page) -> list[str]:
+    """The synthetic tasks, a line a model, a column a task."""
     keys = page.of(SYNTHETIC)
-    tasks, names = unique_in(keys, 1), list(dict.fromkeys(map(named, keys)))
-    by_name = {(named(key), key[1]): worst(page, key) for key in keys}
-    cells = [[name, *(by_name.get((name, task), "") for task in tasks)] for name in names]
-    if tasks:
-        table = markdown_table(["synthetic tasks, worst distance", *tasks], cells, left=1)
-        lines += ["- Accuracy on the synthetic tasks at the distance where it is lowest:", "", table]
-    return "\n".join(["## In short", "", *lines]) if lines else ""
+    tasks, scores = unique_in(keys, 1), {(named(key), key[1]): worst(page, key) for key in keys}
+    if not tasks:
+        return []
+    lines = [[name, *(scores.get((name, task), "") for task in tasks)] for name in dict.fromkeys(map(named, keys))]
+    table = markdown_table(["synthetic tasks, worst distance", *tasks], lines, left=1)
+    return ["- Accuracy on the synthetic tasks at the distance where it is lowest:", "", table]
 
 
 def worst(page: Page, key: Key) -> str:
@@ -204,7 +218,7 @@ def overall(page: Page, model: str, corpora: Sequence[str]) -> float | None:
     keys = [(LEADERBOARD, corpus, model, "") for corpus in corpora]
     if not all(map(page.is_whole, keys)):
         return None
-    return mean(mean(row["accuracy"] for row in page.counted[key]) for key in keys)
+    return mean(map(page.accuracy, keys))
 
 
 def unique_in(keys: Iterable[Key], place: int) -> list[str]:
@@ -217,15 +231,12 @@ def against_each(page: Page) -> str:
     corpora, models = unique_in(keys, 1), unique_in(keys, 2)
     lines = []
     for model in models:
-        pairs = {c: ((LEADERBOARD, c, OURS, ""), (LEADERBOARD, c, model, "")) for c in corpora}
-        found = {corpus: page.differences(*pair) for corpus, pair in pairs.items() if {*pair} <= {*keys}}
-        found = {corpus: differences for corpus, differences in found.items() if len(differences)}
+        found = page.lead_over(model, corpora)
         if model != OURS and found:
-            each = [
-                difference_text(found[corpus], all(map(page.is_whole, pairs[corpus]))) if corpus in found else ""
-                for corpus in corpora
-            ]
-            lines.append([model, *each, *bootstrap_cells([*found.values()]), f"{sum(map(len, found.values())):,}"])
+            whole = {c: all(page.is_whole((LEADERBOARD, c, which, "")) for which in (OURS, model)) for c in corpora}
+            each = [difference_text(found[c], whole[c]) if c in found else "" for c in corpora]
+            cells = difference_cells(paired_bootstrap([*found.values()]))
+            lines.append([model, *each, *cells, f"{sum(map(len, found.values())):,}"])
     if not lines:
         return ""
     header = [f"{OURS} less", *corpora, "mean", "95 %", "p", "documents"]
@@ -237,9 +248,8 @@ def difference_text(differences: np.ndarray, is_whole: bool) -> str:
     return f"{differences.mean():+.3f}" + ("" if is_whole else f" ({len(differences)} documents)")
 
 
-def bootstrap_cells(differences: Sequence[np.ndarray]) -> list[str]:
+def difference_cells(found: Difference) -> list[str]:
     """Mean, interval and p."""
-    found = paired_bootstrap(differences)
     p = f"{found.p:.4f}" if found.p < 0.01 else f"{found.p:.2f}"
     return [f"{found.mean:+.3f}", f"{found.low:+.3f} to {found.high:+.3f}", p]
 
@@ -362,7 +372,7 @@ def ablations(page: Page) -> str:
             differences = page.differences(key, reference) if has_both else np.zeros(0)
             cells.append(f"{differences.mean():+.3f}" if len(differences) else "")
             found += [differences] if len(differences) else []
-        lines.append([variant, *cells, *(bootstrap_cells(found) if found else [""] * 3)])
+        lines.append([variant, *cells, *(difference_cells(paired_bootstrap(found)) if found else [""] * 3)])
     if not lines:
         return ""
     header = ["variant", *chain.from_iterable((corpus, f"less {OURS}") for corpus in corpora), "mean", "95 %", "p"]

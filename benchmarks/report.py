@@ -85,9 +85,9 @@ def pages(contents: Mapping[str, Content]) -> dict[Path, str]:
         found = _sections(contents, RELIABILITY_TITLES)
         made[PAGE.with_name(RELIABILITY)] = ["# Reliability", *_note("reliability"), *found]
     if "quality" in contents:
-        content = contents["quality"]
-        method = ["## How it was done", *_note("quality-method"), *quality_report.evidence(content)]
-        made[PAGE.with_name(QUALITY)] = ["# Results", *_note("quality"), *quality_report.answers(content), *method]
+        page = quality_report.Page(contents["quality"])
+        method = ["## How it was done", *_note("quality-method"), *quality_report.evidence(page)]
+        made[PAGE.with_name(QUALITY)] = ["# Results", *_note("quality"), *quality_report.answers(page), *method]
     return {page: "\n\n".join(parts) + "\n" for page, parts in made.items()}
 
 

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import gc
 from contextlib import nullcontext
 from typing import Any
 
@@ -78,7 +77,6 @@ class PiecewiseTrainer(Trainer):
 
     def _make_room(self) -> None:
         """Halve the pieces, or raise the memory level where one document is too much."""
-        gc.collect()
         clean_gpu_memory()
         index = self._piece["index"].tolist()
         windows = int(self._piece["attention_mask"].any(-1).sum(1).max())

@@ -348,7 +348,6 @@ class RecurrentRoBERTa(PreTrainedModel):
 
     def _encode(self, embeds_bLD: Tensor, mask_bL: Tensor | None, recompute_layers: bool = False) -> Tensor:
         """h [b, D] of windows, or g of sequences of their states."""
-        embeds_bLD = embeds_bLD.to(self.encoder.dtype)
         return pooled_output(self.encoder, embeds_bLD, mask_bL, self.config.pooling, recompute_layers=recompute_layers)
 
     def _let_in(self, cls_bD: Tensor, carried_bD: Tensor, norm: nn.Module, gate: nn.Module) -> tuple[Tensor, Tensor]:
@@ -403,7 +402,7 @@ class RecurrentRoBERTa(PreTrainedModel):
                 exists_BN,
                 cls_B1D,
                 sep_B1D,
-                lambda embeds, mask: self._encode(embeds, mask, recompute),
+                lambda embeds, mask: self._encode(embeds.to(cls_B1D.dtype), mask, recompute),
             )
 
     def _with_memory(self, document_BD: Tensor, memory_BND: Tensor | None, exists_BN: Tensor) -> Tensor:

@@ -27,14 +27,19 @@ MODEL_CODE = {
 """What is written beside the weights, so that transformers alone can load them."""
 
 
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+}
+
+
 def tiny_encoder(kind: str, **changes) -> PreTrainedConfig:
     """A two-layer encoder config of RoBERTa's or BERT's shape: 64 positions, width 32."""
     shape = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": WIDTH,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 64,
+        **SHAPE,
         "initializer_range": 0.3,  # large, so that what should differ does
         **changes,
     }

@@ -95,8 +95,8 @@ def content_of(rows: list[dict[str, Any]], **runs: int) -> dict[str, Any]:
 
 
 def page_of(rows: list[dict[str, Any]]) -> str:
-    content = content_of(rows)
-    return "\n\n".join([*quality_report.answers(content), *quality_report.evidence(content)])
+    page = quality_report.Page(content_of(rows))
+    return "\n\n".join([*quality_report.answers(page), *quality_report.evidence(page)])
 
 
 def test_page_of_one_cell():

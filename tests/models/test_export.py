@@ -23,7 +23,7 @@ from models.export import write_folder
 from models.onnx_runner import OnnxReBerta
 from models.pipeline import ReBertaPipeline
 from models.reberta import RecurrentRoBERTa
-from tests.conftest import VOCABULARY, WIDTH, tiny_encoder, word_tokenizer
+from tests.conftest import SHAPE, VOCABULARY, WIDTH, tiny_encoder, word_tokenizer
 from tests.models.conftest import build, documents
 
 LABELS = ["dull", "bright", "odd"]
@@ -68,8 +68,7 @@ def test_logits_are_the_models(tmp_path, encoder, num_repeats, options):
     if encoder == "distilbert":
         config = DistilBertConfig(vocab_size=VOCABULARY, dim=WIDTH, n_layers=2, n_heads=4, hidden_dim=64)
     elif encoder == "albert":
-        shape = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-        config = AlbertConfig(vocab_size=VOCABULARY, embedding_size=8, **shape)
+        config = AlbertConfig(embedding_size=8, **SHAPE)
     else:
         config = tiny_encoder(encoder)
     model = build(config, num_repeats=num_repeats, **options)

@@ -16,7 +16,7 @@ from transformers import (
 
 import pretrained
 from models.reberta import HiddenStates, RecurrentRoBERTa
-from tests.conftest import CLS, PAD, VOCABULARY, WIDTH, tiny_encoder, word_tokenizer
+from tests.conftest import CLS, PAD, SHAPE, VOCABULARY, WIDTH, tiny_encoder, word_tokenizer
 from tests.models.conftest import build, documents
 from tests.models.twin import twin_logits
 from utils import ConfigError
@@ -328,8 +328,7 @@ def test_rotary_attention_scores_depend_on_distance_alone():
     ],
 )
 def test_other_encoders_equal_the_slow_twin(kind, changes, positions):
-    shape = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    model = build(kind(vocab_size=VOCABULARY, initializer_range=0.1, **shape, **changes), num_repeats=2)
+    model = build(kind(initializer_range=0.1, **SHAPE, **changes), num_repeats=2)
     batch = dict(zip(("input_ids", "attention_mask"), documents(LENGTHS), strict=True))
     assert model.positions == positions
     torch.testing.assert_close(model(**batch).logits, twin_logits(model, **batch), atol=1e-5, rtol=0)
@@ -337,8 +336,7 @@ def test_other_encoders_equal_the_slow_twin(kind, changes, positions):
 
 
 def test_narrow_word_embeddings():
-    shape = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    narrow = AlbertConfig(vocab_size=VOCABULARY, embedding_size=8, **shape)
+    narrow = AlbertConfig(embedding_size=8, **SHAPE)
     model = RecurrentRoBERTa(num_classes=3, encoder=narrow, window_size=12, num_repeats=2, cls_token_id=CLS)
     scale = model.encoder.get_input_embeddings().weight[CLS].detach().std()
     for norm in (model.window_norm[1], model.global_norm[1]):
