@@ -70,7 +70,7 @@ SOME_WINDOWS: Options = {
     "window_loss": 1,
     "memory_level": 0,
 }
-# where there is one window, or the document's state is made in another way than a window's
+# where there is one window, or no state of a window
 NO_WINDOW_LOSS: Options = {"window_loss": None}
 # What stands for a window, for all models alike: of [CLS] and the mean of tokens, after layers 2, 4, 5 and 6, what
 # gives a linear probe of the encoder as it is the lowest log loss on the first fold's validation set (docs/LOG.md).
@@ -88,10 +88,10 @@ SMALLEST = "sotu-era"  # in tokens; variants of other models are only tried ther
 ONE_WINDOW: Options = {"window_size": None, "max_windows": None, "train_windows": None, **NO_WINDOW_LOSS}
 AS_MANY_TOKENS = 2  # one window of 512 tokens in place of 8 of 128
 MODELS = {
-    # at ten times the encoder's rate, the default, its fresh memory undoes what the probe brings
+    # at ten times the encoder's rate, the default, a fresh memory or Transformer undoes what the probe brings
     OURS: Model({"model_type": "reberta", "carry": "gru", "fresh_lr_factor": 1}, LRS),
     "mean": Model({"model_type": "mean"}, LRS),
-    "tobert": Model({"model_type": "tobert", **NO_WINDOW_LOSS}, LRS),
+    "tobert": Model({"model_type": "tobert", "fresh_lr_factor": 1}, LRS),
     "head": Model({"model_type": "head", **ONE_WINDOW}, LRS, longer=AS_MANY_TOKENS),
     LINEAR: Model({}, (None,)),
     "max": Model({"model_type": "max"}, LRS, everywhere=False),

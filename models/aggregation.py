@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 AGGREGATIONS = ("encoder", "transformer", "attention", "mean", "max")
+ADDED = (".self_attn.out_proj", ".linear2")  # what makes the states that a Transformer's layer adds
 
 
 def masked_mean(states_BND: Tensor, exists_BN: Tensor) -> Tensor:
@@ -41,27 +42,35 @@ class AttentionAggregation(nn.Module):
 class TransformerAggregation(nn.Module):
     """After ToBERT (Pappagari et al. 2019): the window states through a small Transformer of their own.
 
-    Two layers with as many heads as the encoder has. Ours: positions are sinusoids times a learned scalar that starts
-    at 0.1, so that any number of windows can be read and a position does not drown a state; the outputs are averaged;
-    encoder and Transformer are trained together.
+    Two layers with as many heads as the encoder has. Ours: the document state is the mean of the window states and of
+    what the layers add to them, which is nothing at first, so that a fresh model is as good as its own mean of windows;
+    positions are sinusoids times a learned scalar that starts at 0.1, so that any number of windows can be read and a
+    position does not drown a state; encoder and Transformer are trained together.
     """
 
     def __init__(self, hidden_size: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.position_scale = nn.Parameter(torch.tensor(0.1))
-        self.layers = nn.ModuleList(transformer_layer(hidden_size, heads, 4 * hidden_size, dropout) for _ in range(2))
+        self.position_weight = nn.Parameter(torch.tensor(0.1))
+        self.layers = nn.ModuleList(
+            transformer_layer(hidden_size, heads, 4 * hidden_size, dropout, norm_first=True) for _ in range(2)
+        )
 
     def forward(self, states_BND: Tensor, exists_BN: Tensor) -> Tensor:
         places_N = torch.arange(states_BND.shape[1], device=states_BND.device)
-        states_BND = states_BND + self.position_scale * sinusoids(places_N, states_BND.shape[-1])
+        places_ND = self.position_weight * sinusoids(places_N, states_BND.shape[-1])
+        hidden_BND = states_BND + places_ND
         for layer in self.layers:
-            states_BND = layer(states_BND, src_key_padding_mask=~exists_BN)
-        return masked_mean(states_BND, exists_BN)
+            hidden_BND = layer(hidden_BND, src_key_padding_mask=~exists_BN)
+        return masked_mean(hidden_BND - places_ND, exists_BN)
 
 
-def transformer_layer(size: int, heads: int, inner_size: int, dropout: float) -> nn.TransformerEncoderLayer:
+def transformer_layer(
+    size: int, heads: int, inner_size: int, dropout: float, *, norm_first: bool = False
+) -> nn.TransformerEncoderLayer:
     """A layer over [B, L, D] as Vaswani et al. 2017 have it, with GELU and without dropout of attention weights."""
-    layer = nn.TransformerEncoderLayer(size, heads, inner_size, dropout, activation="gelu", batch_first=True)
+    layer = nn.TransformerEncoderLayer(
+        size, heads, inner_size, dropout, activation="gelu", batch_first=True, norm_first=norm_first
+    )
     layer.self_attn.dropout = 0.0  # above that, SDPA on a CPU leaves its fast path
     # or inference takes torch's fused layer, which holds all attention weights: 5 GB for 8 documents of 4,096 tokens
     layer.activation_relu_or_gelu = 0

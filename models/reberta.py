@@ -32,7 +32,14 @@ from transformers import (
 )
 from transformers import initialization as init
 
-from .aggregation import AttentionAggregation, EncoderAggregation, TransformerAggregation, masked_max, masked_mean
+from .aggregation import (
+    ADDED,
+    AttentionAggregation,
+    EncoderAggregation,
+    TransformerAggregation,
+    masked_max,
+    masked_mean,
+)
 from .batch import Batch, plan_batch
 from .cell import MemoryCell
 from .configuration import ReBertaConfig
@@ -181,8 +188,9 @@ class RecurrentRoBERTa(PreTrainedModel):
                 "global_gate": self.config.gate_bias,
                 "carry_gate": KEEP_BIAS,
             }
-            # at first the memory says nothing of the document, whose state is the mean of its windows
-            init.normal_(module.weight, std=0.0 if name == "carry_output" else INITIALIZER_RANGE)
+            # at first neither memory nor Transformer say anything: the document's state is the mean of its windows
+            silent = name == "carry_output" or (name.startswith("aggregation.") and name.endswith(ADDED))
+            init.normal_(module.weight, std=0.0 if silent else INITIALIZER_RANGE)
             init.constant_(module.bias, biases.get(name, 0.0))
         elif isinstance(module, nn.GRUCell):
             for parameter in module.parameters():

@@ -31,7 +31,8 @@ def build(encoder, **options) -> RecurrentRoBERTa:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not name.startswith("encoder."):
-                parameter.add_(0.3 * torch.randn_like(parameter))
+                # the layers of the small Transformer multiply what they add; by more, rounding would count
+                parameter.add_((0.2 if ".layers." in name else 0.3) * torch.randn_like(parameter))
     return model.eval()
 
 

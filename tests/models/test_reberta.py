@@ -213,8 +213,10 @@ def test_every_parameter_gets_a_gradient(encoder_config, carry, aggregation):
 
 
 @pytest.mark.parametrize("carry", ["gru", "gated", "residual"])
-def test_fresh_model_is_its_own_mean_of_windows(encoder_config, carry):
-    model = RecurrentRoBERTa(num_classes=3, encoder=encoder_config, window_size=12, carry=carry).eval()
+@pytest.mark.parametrize("aggregation", ["encoder", "transformer", "attention"])
+def test_fresh_model_is_its_own_mean_of_windows(encoder_config, carry, aggregation):
+    options = {"window_size": 12, "carry": carry, "aggregation": aggregation}
+    model = RecurrentRoBERTa(num_classes=3, encoder=encoder_config, **options).eval()
     hidden = model(*documents([[12, 12, 5]])).hidden_states
     torch.testing.assert_close(hidden.document_state, hidden.window_states.mean(1), atol=1e-6, rtol=0)
 

@@ -98,22 +98,22 @@ def _aggregate(model: RecurrentRoBERTa, windows: list[Tensor], states: list[Tens
 
 
 def _small_transformer(aggregation: Any, states: Tensor) -> Tensor:
-    """Attention head by head, and what Vaswani et al. 2017 put around it."""
+    """Attention head by head, and what Vaswani et al. 2017 put around it, with the norms first."""
     windows, size = states.shape
     places = torch.zeros(windows, size)
     for i in range(windows):
         for j in range(0, size, 2):
             angle = i / 10_000 ** (j / size)
             places[i, j], places[i, j + 1] = math.sin(angle), math.cos(angle)
-    hidden = states + aggregation.position_scale * places
+    hidden = states + aggregation.position_weight * places
     for layer in aggregation.layers:
         attention = layer.self_attn
-        projected = hidden @ attention.in_proj_weight.T + attention.in_proj_bias
+        projected = layer.norm1(hidden) @ attention.in_proj_weight.T + attention.in_proj_bias
         heads = []
         for query, key, value in zip(
             *(part.chunk(attention.num_heads, -1) for part in projected.chunk(3, -1)), strict=True
         ):
             heads.append((query @ key.T / math.sqrt(query.shape[-1])).softmax(-1) @ value)
-        hidden = layer.norm1(hidden + attention.out_proj(torch.cat(heads, -1)))
-        hidden = layer.norm2(hidden + layer.linear2(nn.functional.gelu(layer.linear1(hidden))))
-    return hidden
+        hidden = hidden + attention.out_proj(torch.cat(heads, -1))
+        hidden = hidden + layer.linear2(nn.functional.gelu(layer.linear1(layer.norm2(hidden))))
+    return hidden - aggregation.position_weight * places
