@@ -63,9 +63,8 @@ from utils import (
 )
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
-    "adamw": (torch.optim.AdamW, {"fused": True}),
-    "adam": (torch.optim.Adam, {"fused": True}),
-    # fused, it keeps what is not initialised for its momentum where fp16 overflows in the first step
+    "adamw": (torch.optim.AdamW, {}),
+    "adam": (torch.optim.Adam, {}),
     "sgd": (torch.optim.SGD, {"momentum": 0.9}),
 }
 
@@ -162,6 +161,16 @@ def masking(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Masking |
     )
 
 
+def optimizer_type(settings: Settings, *, fp16: bool) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """Its class and options; fused but under fp16, where a step that overflows is to be skipped.
+
+    A fused one skips by itself: accelerate does not see it and the schedule goes on, and SGD's momentum, where that is
+    the first step, stays uninitialised.
+    """
+    kind, options = OPTIMIZERS[settings.optimizer_type]
+    return kind, {"lr": settings.learning_rate, "fused": not fp16, **options}
+
+
 @validate_params(epochs=(int, type(None)), steps=(int, type(None)))
 def build_trainer(
     settings: Settings,
@@ -177,15 +186,15 @@ def build_trainer(
     """The engine, ready to train."""
     if settings.report_to != "none" and find_spec(settings.report_to) is None:
         raise ConfigError(f"--report_to {settings.report_to}: is not installed; pip install {settings.report_to}")
-    optimizer, optimizer_options = OPTIMIZERS[settings.optimizer_type]
+    args = _training_arguments(settings, run, device, resume_from, epochs, steps)
     trainer = ReBertaTrainer(
         settings,
         data,
         run,
         Objective(settings.label_smoothing, class_weights(settings, data.train), settings.window_loss),
         model=model,
-        args=_training_arguments(settings, run, device, resume_from, epochs, steps),
-        optimizer_cls_and_kwargs=(optimizer, {"lr": settings.learning_rate, **optimizer_options}),
+        args=args,
+        optimizer_cls_and_kwargs=optimizer_type(settings, fp16=args.fp16),
     )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ConfigError("FSDP and DeepSpeed are not supported: start with torchrun, which trains by DDP")

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,7 +26,7 @@ from models.checkpoint import load_model_and_config
 from models.reberta import RecurrentRoBERTa
 from models.registry import build_model
 from tests.conftest import MODEL_CODE, write_corpus
-from train import OPTIMIZERS, class_weights, train
+from train import OPTIMIZERS, class_weights, optimizer_type, train
 from train_by_steps import train_by_steps
 from utils import ConfigError, TrainingError
 
@@ -464,15 +466,20 @@ def test_a_learning_rate_that_explodes_is_an_error(run):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_overflow_of_fp16_leaves_no_trace(name):
-    kind, options = OPTIMIZERS[name]
+    settings = parse_settings(
+        f"--mode train --train_path a --val_path b --optimizer_type {name} --learning_rate 0.1".split()
+    )
+    kind, options = optimizer_type(settings, fp16=True)
     weight, twin = (nn.Parameter(torch.ones(512)) for _ in range(2))
-    optimizer, plain = (kind([parameter], lr=0.1, **options) for parameter in (weight, twin))
+    plain = kind([twin], **options)
+    Accelerator(cpu=True)  # whose state the optimizer asks for
     scaler = torch.amp.GradScaler("cpu")
+    optimizer = AcceleratedOptimizer(kind([weight], **options), scaler=scaler)
     for factor in (math.inf, 1.0, 1.0):
         optimizer.zero_grad()
         scaler.scale(weight.square().sum() * factor).backward()
-        scaler.step(optimizer)
-        scaler.update()
+        optimizer.step()
+        assert optimizer.step_was_skipped == (factor == math.inf)
         if factor == 1:
             plain.zero_grad()
             twin.square().sum().backward()
