@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .aggregation import AGGREGATIONS
-from .encoder import max_window_size
+from .encoder import is_bert_shaped, max_window_size
 from .pipeline import CUSTOM_PIPELINES
 
 try:  # absent where transformers runs a copy of this file that it found beside saved weights
@@ -71,6 +71,10 @@ class ReBertaConfig(PreTrainedConfig):
             faults.append(f"encoder_layers is {self.encoder_layers}; this encoder has {there} layers")
         if self.carry == "residual" and encoder.get_input_embeddings().embedding_dim != encoder.config.hidden_size:
             faults.append("carry is 'residual'; this encoder's word embeddings are not as wide as its states")
+        if self.position_encoding == "rope" and not is_bert_shaped(encoder):
+            faults.append(
+                f"position_encoding is 'rope'; it needs an encoder shaped as BERT, not {type(encoder).__name__}"
+            )
         if self.carry == "none" and self.num_repeats > 1:
             faults.append(
                 f"num_repeats is {self.num_repeats}; with carry 'none' nothing is carried into a second reading"

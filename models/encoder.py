@@ -146,7 +146,7 @@ def pooled_output(
     is None where nothing is padded. With `recompute_layers`, a layer's activations are computed again in the backward
     pass instead of being kept. Encoders that are not BERT-shaped are called whole.
     """
-    if not _is_bert_shaped(encoder):
+    if not is_bert_shaped(encoder):
         hidden_BWD = encoder(inputs_embeds=embeds_BWD, attention_mask=mask_BW).last_hidden_state
         return hidden_BWD[:, 0] if pooling == "cls" else _token_mean(hidden_BWD, mask_BW)
     batch = len(embeds_BWD)
@@ -206,7 +206,8 @@ class _RandomStateAsBefore:
         del self.state
 
 
-def _is_bert_shaped(encoder: PreTrainedModel) -> bool:
+def is_bert_shaped(encoder: PreTrainedModel) -> bool:
+    """Whether layers and attention are made as those of BERT and RoBERTa are."""
     layers = getattr(getattr(encoder, "encoder", None), "layer", None)
     attention = getattr(layers[0], "attention", None) if layers else None
     of_bert = all(hasattr(getattr(attention, "self", None), part) for part in ("query", "key", "value", "scaling"))
@@ -247,15 +248,7 @@ def _read_layer(layer: Any, hidden_TD: Tensor, batch: int, mask: Tensor | None, 
 
 
 def use_rotary_positions(encoder: PreTrainedModel) -> None:
-    """Give the encoder rotary positions in place of its learned ones, whose table is set to zero and frozen.
-
-    Raises:
-        ValueError: the encoder's attention does not go through transformers' attention interface.
-    """
-    if not _is_bert_shaped(encoder):
-        raise ValueError(
-            f"position_encoding 'rope' needs a BERT- or RoBERTa-shaped encoder, not {type(encoder).__name__}"
-        )
+    """Give a BERT-shaped encoder rotary positions in place of its learned ones, whose table is zeroed and frozen."""
     encoder.set_attn_implementation(ROTARY)
     positions = encoder.embeddings.position_embeddings.weight
     nn.init.zeros_(positions)

@@ -348,6 +348,13 @@ def test_narrow_word_embeddings():
         build(narrow, carry="residual")
 
 
+def test_rotary_positions_are_refused_where_attention_cannot_turn():
+    with pytest.raises(
+        ConfigError, match="position_encoding is 'rope'; it needs an encoder shaped as BERT, not Distil"
+    ):
+        build(DistilBertConfig(**SHAPE), position_encoding="rope")
+
+
 def test_eager_attention_gives_the_same(encoder_config):
     model = build(encoder_config)
     input_ids, mask = documents(LENGTHS)
