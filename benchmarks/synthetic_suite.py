@@ -16,18 +16,22 @@
 - identity: of three people one speaks in the first window, one in the last, D windows on, and (from D = 2 on) one in
   between; who speaks first and last, or `nobody`? A twin has its last window exchanged with the one in between, so
   that bags of words and of windows are right half of the time there; at D = 1 they can tell
+- chronology: real sentences; D windows of one State of the Union address, then D of another, at least 50 years older
+  or younger; which came first, the `older` or the `newer`? A twin has the two exchanged. What an address sounds like
+  must be learned here, too, and no reader would always be right
 
 Every window is full: the tokenizer's tokens of its sentences are exactly those that a window of `--window_size` holds,
-so that train and evaluate with the same `--window_size`, no overlap, and `--max_windows` of D + 7 or more. In all but
-identity two or three windows of filler stand before and after what decides, out of sight of `--model_type head` and
-`head_tail` where these read at most two windows. Alone, no window tells order, the twins of retraction, nor who speaks
-first and last in identity; in counting one of three leaves at best every second guess right, and at distance 1 two of
-them share a window.
+so that train and evaluate with the same `--window_size`, no overlap, and `--max_windows` of D + 7 or more (chronology:
+2 D). In order, retraction and counting two or three windows of filler stand before and after what decides, out of sight
+of `--model_type head` and `head_tail` where these read at most two windows. Alone, no window tells order, the twins of
+retraction, nor who speaks first and last in identity; in counting one of three leaves at best every second guess right,
+and at distance 1 two of them share a window.
 
 - FOLDER/TASK/{train,validation,test}.jsonl: {"id", "text", "label", "task", "distance"} a line, distances mixed, as
   many documents of each label and distance (in identity, half of them `nobody`); twins are in the same split
 - `--documents` for training a distance, a quarter as many each for validation and test
-- splits share no sentence of filler, no place but the harbour, and no name but those of identity
+- splits share no sentence of filler, no place but the harbour, no name but those of identity, and no address: those of
+  the bundled corpus are split as there
 - FOLDER/TASK/about.json: the options; a folder of the same options is left alone
 """
 
@@ -41,7 +45,7 @@ import random
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import product
+from itertools import accumulate, product
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple, TypedDict
@@ -50,6 +54,8 @@ import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from benchmarks.corpora import ABOUT, ENCODER, SPLITS
+from data.make_sotu import DATA
+from data_utils.readers import read_records
 from data_utils.tokenization import load_tokenizer, tokenize
 from data_utils.windows import SPECIALS
 from download_models import atomic_folder
@@ -107,6 +113,9 @@ SPOKE = (
     "Then {} rose and spoke.",
 )
 
+ADDRESSES = {"train": "train", "validation": "evaluation", "test": "validation"}  # where those of a split lie
+YEARS_APART = 50
+
 FILLERS = (
     "Rain fell on the {place}.",
     "The {place} lay {state} in {season}.",
@@ -143,6 +152,19 @@ class Example(TypedDict):
     distance: int
 
 
+class Address(NamedTuple):
+    """A State of the Union address."""
+
+    year: int
+    words: list[str]
+    totals: list[int]
+    """Tokens before each word, and of all."""
+    places: dict[int, int]
+    """The word before which there are so many tokens."""
+    may_begin: list[bool]
+    """Whether a word has as many at the start of a text, so that a window, and thus a document, may begin with it."""
+
+
 class Options(NamedTuple):
     """What the documents depend on."""
 
@@ -160,7 +182,7 @@ class Writer:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, window_size: int, split: str) -> None:
-        self.draw = random.Random(0)
+        self.draw, self._split = random.Random(0), split
         self.names, self.places = share(NAMES.split(), split), share(PLACES.split(), split)
         self._tokenizer = tokenizer
         self._room = window_size - SPECIALS
@@ -195,6 +217,49 @@ class Writer:
         for sentence in sentences:
             window.insert(self.draw.randint(1, len(window)), sentence)
         return window
+
+    def excerpt(self, address: Address, windows: int) -> list[Window]:
+        """So many full windows of an address, from a random place on.
+
+        Each is words as they follow one another; what lies between two windows is the words at which none begins that
+        ends with a word.
+        """
+        while True:
+            found: list[Window] = []
+            at = self.draw.randrange(len(address.words))
+            while len(found) < windows and at < len(address.words):
+                end = address.places.get(address.totals[at] + self._room)
+                if end is None or not address.may_begin[at]:
+                    at += 1
+                    continue
+                found.append([" ".join(address.words[at:end])])
+                at = end
+            if len(found) == windows:
+                return found
+
+    @functools.cached_property
+    def addresses(self) -> list[Address]:
+        """Those of the bundled corpus that are of this split."""
+        texts = {record.id: record.text.split() for record in read_records(DATA / ADDRESSES[self._split])}
+        known = sorted(set().union(*texts.values()))
+        counts = dict(zip(known, self._count(known, start=" "), strict=True))
+        at_first = dict(zip(known, self._count(known), strict=True))
+        found = []
+        for name, words in texts.items():
+            totals = [0, *accumulate(counts[word] for word in words)]
+            places = {total: place for place, total in enumerate(totals)}
+            may_begin = [counts[word] == at_first[word] for word in words]
+            found.append(Address(int(name.split("-")[0]), words, totals, places, may_begin))
+        return found
+
+    def long_addresses(self, windows: int) -> list[Address]:
+        """Those of which so many windows can be taken. Raises ConfigError where there are not two of them."""
+        needed = (windows + 1) * self._room  # with what is left out between windows
+        found = [address for address in self.addresses if address.totals[-1] >= needed]
+        years = [address.year for address in found]
+        if not found or max(years) - min(years) < YEARS_APART:
+            raise ConfigError(f"--distances {windows}: the addresses are shorter than so many windows")
+        return found
 
     def empty(self, windows: int) -> list[Window]:
         """Windows of filler alone."""
@@ -261,11 +326,25 @@ def identity(writer: Writer, distance: int) -> Iterator[Labelled]:
         yield NOBODY, [opening, *before, again, *after, other]
 
 
+def chronology(writer: Writer, distance: int) -> Iterator[Labelled]:
+    addresses = writer.long_addresses(distance)
+    for _ in range(GROUP // 2):
+        one, another = writer.draw.sample(addresses, 2)
+        while abs(one.year - another.year) < YEARS_APART:
+            one, another = writer.draw.sample(addresses, 2)
+        older, newer = (
+            writer.excerpt(address, distance) for address in sorted((one, another), key=lambda address: address.year)
+        )
+        yield "older", [*older, *newer]
+        yield "newer", [*newer, *older]
+
+
 TASKS: dict[str, Callable[[Writer, int], Iterator[Labelled]]] = {
     "order": order,
     "retraction": retraction,
     "counting": counting,
     "identity": identity,
+    "chronology": chronology,
 }
 
 

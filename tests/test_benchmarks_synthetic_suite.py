@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks import tfidf_svm
 from benchmarks.corpora import SPLITS
 from benchmarks.synthetic_suite import (
+    ADDRESSES,
     CAST,
     NAMES,
     NOBODY,
@@ -34,6 +35,7 @@ from benchmarks.synthetic_suite import (
     read_predictions,
     share,
 )
+from data.make_sotu import DATA
 from data_utils.analysis import analyze
 from data_utils.readers import read_records
 from data_utils.tokenization import tokenize
@@ -46,7 +48,9 @@ LABELS = {
     "retraction": {"stands", "withdrawn"},
     "counting": {"0", "1", "2", "3"},
     "identity": {*CAST, NOBODY},
+    "chronology": {"older", "newer"},
 }
+MADE_UP = [task for task in TASKS if task != "chronology"]
 SIZES = {"train": 320, "validation": 320, "test": 800}  # --documents that a split is taken of
 DECIDES = re.compile(r"lamp|bell|closed|\blie\b|false|drum|spoke|listened")
 DRUM = re.compile(r"heard the drum|The drum was heard|heard was the drum")
@@ -128,7 +132,7 @@ def beyond_words(item: Example) -> bool:
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", MADE_UP)
 def test_windows_are_full_and_what_decides_is_as_far_apart_as_said(task, kind):
     examples = make_split(task, "test", Options(32, (1, 2, 4, 16), 120), tokenizer_of(kind))
     assert len(examples) == 4 * 8
@@ -159,7 +163,37 @@ def test_windows_are_full_and_what_decides_is_as_far_apart_as_said(task, kind):
             assert (first == last) == (harbours == 2)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@cache
+def addresses(split: str) -> list[tuple[int, str]]:
+    """Year and words."""
+    records = read_records(DATA / ADDRESSES[split])
+    return [(int(record.id.split("-")[0]), " ".join(record.text.split())) for record in records]
+
+
+@pytest.mark.parametrize(("kind", "split"), [("bert", "train"), ("bert", "test"), ("roberta", "validation")])
+def test_chronology_is_of_two_addresses_in_the_order_that_its_label_says(kind, split):
+    examples = make_split("chronology", split, Options(32 if split == "train" else 128, (1, 4), 60), tokenizer_of(kind))
+    assert len(examples) == 64
+    for example in examples:
+        windows, distance = windows_of(example["text"], 60, kind), example["distance"]
+        assert len(windows) == 2 * distance
+        years = []
+        for half in (windows[:distance], windows[distance:]):
+            [year] = {year for year, text in addresses(split) if all(window in text for window in half)}
+            [text] = [text for its_year, text in addresses(split) if its_year == year and half[0] in text]
+            places = [text.index(window) for window in half]
+            assert places == sorted(places)
+            years.append(year)
+        assert abs(years[0] - years[1]) >= 50
+        assert example["label"] == ("older" if years[0] < years[1] else "newer")
+
+
+def test_distances_that_no_address_is_long_enough_for(folder, tmp_path, capsys):
+    assert make(folder, tmp_path, "chronology", "--distances", "9999", "--window_size", "100") == 2
+    assert "--distances 9999: the addresses are shorter than so many windows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", MADE_UP)
 def test_an_oracle_is_always_right_and_labels_are_balanced(task):
     for examples in fold(task).values():
         assert accuracy(examples, {item["id"]: oracle(task, item["text"]) for item in examples}) == {task: {1: 1, 3: 1}}
@@ -172,7 +206,7 @@ def test_an_oracle_is_always_right_and_labels_are_balanced(task):
     assert [len(examples) for examples in fold(task).values()] == [640, 160, 400]
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", MADE_UP)
 def test_words_do_not_tell(task):
     """TF-IDF and a linear SVM."""
     documents = fold(task)
@@ -189,7 +223,7 @@ def mean_window(examples: list[Example]) -> np.ndarray:
     return np.asarray(np.concatenate(means))
 
 
-@pytest.mark.parametrize("task", ["order", "retraction", "identity", "counting"])
+@pytest.mark.parametrize("task", MADE_UP)
 def test_a_bag_of_windows_tells_counting_alone(task):
     train, test = fold(task)["train"], fold(task)["test"]
     machine = LogisticRegression(C=10, tol=0.01, max_iter=500).fit(
@@ -200,7 +234,7 @@ def test_a_bag_of_windows_tells_counting_alone(task):
     assert right > 0.9 if task == "counting" else right < 0.65
 
 
-@pytest.mark.parametrize("task", ["order", "retraction", "identity"])
+@pytest.mark.parametrize("task", ["order", "retraction", "identity", "chronology"])
 def test_each_bag_of_windows_stands_once_under_either_label(task):
     bags = defaultdict(list)
     examples = list(filter(beyond_words, fold(task)["test"]))
@@ -224,7 +258,7 @@ def test_splits_share_no_filler_no_name_and_no_place():
         parts = [set(share(items, split)) for split in SPLITS]
         assert sum(map(len, parts)) == len(set().union(*parts)) == len(items)
     own = {*NAMES.split(), *PLACES.split()}
-    for task in TASKS:
+    for task in MADE_UP:
         texts = [" ".join(item["text"] for item in examples) for examples in fold(task).values()]
         fillers = [{s.strip() for s in SENTENCE.findall(text) if not DECIDES.search(s)} for text in texts]
         names = [own & set(re.findall(r"\w+", text)) for text in texts]
@@ -280,7 +314,7 @@ def test_folder_of_other_options_is_refused(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["orders"], "no task is called 'orders', only order, retraction, counting, identity"),
+        (["orders"], "no task is called 'orders', only order, retraction, counting, identity, "),
         (["order", "--documents", "24"], "--documents 24 is not a multiple of 16"),
         (["order", "--distances", "0"], "--distances 0: each once, none below 1"),
         (["order", "--distances", "2", "2"], "--distances 2 2: each once, none below 1"),
