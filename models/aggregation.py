@@ -44,20 +44,18 @@ class TransformerAggregation(nn.Module):
 
     Two layers with as many heads as the encoder has. Ours: the document state is the mean of the window states and of
     what the layers add to them, which is nothing at first, so that a fresh model is as good as its own mean of windows;
-    positions are sinusoids times a learned scalar that starts at 0.1, so that any number of windows can be read and a
-    position does not drown a state; encoder and Transformer are trained together.
+    positions are sinusoids, so that any number of windows can be read; encoder and Transformer are trained together.
     """
 
     def __init__(self, hidden_size: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.position_weight = nn.Parameter(torch.tensor(0.1))
         self.layers = nn.ModuleList(
             transformer_layer(hidden_size, heads, 4 * hidden_size, dropout, norm_first=True) for _ in range(2)
         )
 
     def forward(self, states_BND: Tensor, exists_BN: Tensor) -> Tensor:
         places_N = torch.arange(states_BND.shape[1], device=states_BND.device)
-        places_ND = self.position_weight * sinusoids(places_N, states_BND.shape[-1])
+        places_ND = sinusoids(places_N, states_BND.shape[-1])
         hidden_BND = states_BND + places_ND
         for layer in self.layers:
             hidden_BND = layer(hidden_BND, src_key_padding_mask=~exists_BN)

@@ -105,7 +105,7 @@ def _small_transformer(aggregation: Any, states: Tensor) -> Tensor:
         for j in range(0, size, 2):
             angle = i / 10_000 ** (j / size)
             places[i, j], places[i, j + 1] = math.sin(angle), math.cos(angle)
-    hidden = states + aggregation.position_weight * places
+    hidden = states + places
     for layer in aggregation.layers:
         attention = layer.self_attn
         projected = layer.norm1(hidden) @ attention.in_proj_weight.T + attention.in_proj_bias
@@ -116,4 +116,4 @@ def _small_transformer(aggregation: Any, states: Tensor) -> Tensor:
             heads.append((query @ key.T / math.sqrt(query.shape[-1])).softmax(-1) @ value)
         hidden = hidden + attention.out_proj(torch.cat(heads, -1))
         hidden = hidden + layer.linear2(nn.functional.gelu(layer.linear1(layer.norm2(hidden))))
-    return hidden - aggregation.position_weight * places
+    return hidden - places
