@@ -16,9 +16,10 @@
 - identity: of three people one speaks in the first window, one in the last, D windows on, and (from D = 2 on) one in
   between; who speaks first and last, or `nobody`? A twin has its last window exchanged with the one in between, so
   that bags of words and of windows are right half of the time there; at D = 1 they can tell
-- chronology: real sentences; D windows of one State of the Union address, then D of another, at least 50 years older
-  or younger; which came first, the `older` or the `newer`? A twin has the two exchanged. What an address sounds like
-  must be learned here, too, and no reader would always be right
+- chronology: real sentences; D windows of one State of the Union address, then D of another, 50 to 60 years older or
+  younger; which came first, the `older` or the `newer`? A twin has the two exchanged. Most years are those of the
+  older as often as of the newer, so that who knew the year of one half would be right three times of four. What a time
+  sounds like must be learned here, too, and no reader would always be right
 
 Every window is full: the tokenizer's tokens of its sentences are exactly those that a window of `--window_size` holds,
 so that train and evaluate with the same `--window_size`, no overlap, and `--max_windows` of D + 7 or more (chronology:
@@ -114,7 +115,7 @@ SPOKE = (
 )
 
 ADDRESSES = {"train": "train", "validation": "evaluation", "test": "validation"}  # where those of a split lie
-YEARS_APART = 50
+YEARS_APART = range(50, 61)
 
 FILLERS = (
     "Rain fell on the {place}.",
@@ -252,14 +253,14 @@ class Writer:
             found.append(Address(int(name.split("-")[0]), words, totals, places, may_begin))
         return found
 
-    def long_addresses(self, windows: int) -> list[Address]:
-        """Those of which so many windows can be taken. Raises ConfigError where there are not two of them."""
+    def pairs(self, windows: int) -> list[tuple[Address, Address]]:
+        """Older and newer address, of which so many windows can be taken. Raises ConfigError where there are none."""
         needed = (windows + 1) * self._room  # with what is left out between windows
         found = [address for address in self.addresses if address.totals[-1] >= needed]
-        years = [address.year for address in found]
-        if not found or max(years) - min(years) < YEARS_APART:
+        pairs = [(older, newer) for older, newer in product(found, found) if newer.year - older.year in YEARS_APART]
+        if not pairs:
             raise ConfigError(f"--distances {windows}: the addresses are shorter than so many windows")
-        return found
+        return pairs
 
     def empty(self, windows: int) -> list[Window]:
         """Windows of filler alone."""
@@ -327,14 +328,8 @@ def identity(writer: Writer, distance: int) -> Iterator[Labelled]:
 
 
 def chronology(writer: Writer, distance: int) -> Iterator[Labelled]:
-    addresses = writer.long_addresses(distance)
-    for _ in range(GROUP // 2):
-        one, another = writer.draw.sample(addresses, 2)
-        while abs(one.year - another.year) < YEARS_APART:
-            one, another = writer.draw.sample(addresses, 2)
-        older, newer = (
-            writer.excerpt(address, distance) for address in sorted((one, another), key=lambda address: address.year)
-        )
+    for addresses in writer.draw.sample(writer.pairs(distance), GROUP // 2):
+        older, newer = (writer.excerpt(address, distance) for address in addresses)
         yield "older", [*older, *newer]
         yield "newer", [*newer, *older]
 
