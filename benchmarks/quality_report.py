@@ -89,6 +89,12 @@ class Page:
         """By document, over the folds that both were tested on."""
         return paired_differences(self.right(ours), self.right(others))
 
+    def change(self, variant: Key, reference: Key) -> np.ndarray:
+        """By document, what a variant makes of the same runs, fold and seed, of its reference."""
+        runs = {(row["fold"], row["seed"]) for row in self.counted[variant]}
+        same = [row for row in self.counted[reference] if (row["fold"], row["seed"]) in runs]
+        return paired_differences(self.right(variant), right_by_fold(same))
+
     def lead_over(self, model: str, corpora: Iterable[str]) -> dict[str, np.ndarray]:
         """ReBerta's differences to a model by corpus, of those where there are any."""
         pairs = {c: ((LEADERBOARD, c, OURS, ""), (LEADERBOARD, c, model, "")) for c in corpora}
@@ -136,6 +142,8 @@ def verdict(page: Page) -> list[str]:
         own, *others = (page.accuracy((LEADERBOARD, corpus, model, "")) for model in (OURS, *baselines))
         better = [f"{model} {score:.3f}" for model, score in zip(baselines, others, strict=True) if score > own]
         lines += [f"- On {corpus}, ahead of {OURS}'s {own:.3f}: {', '.join(better)}."] if better else []
+    if missing := not_whole(baselines, models):
+        lines.append(f"- Not among these baselines, since runs are missing: {missing}.")
     return lines
 
 
@@ -235,8 +243,9 @@ def against_each(page: Page) -> str:
         if model != OURS and found:
             whole = {c: all(page.is_whole((LEADERBOARD, c, which, "")) for which in (OURS, model)) for c in corpora}
             each = [difference_text(found[c], whole[c]) if c in found else "" for c in corpora]
-            cells = difference_cells(paired_bootstrap([*found.values()]))
-            lines.append([model, *each, *cells, f"{sum(map(len, found.values())):,}"])
+            sure = [differences for corpus, differences in found.items() if whole[corpus]]
+            cells = difference_cells(paired_bootstrap(sure)) if sure else [""] * 3
+            lines.append([model, *each, *cells, f"{sum(map(len, sure)):,}" if sure else ""])
     if not lines:
         return ""
     header = [f"{OURS} less", *corpora, "mean", "95 %", "p", "documents"]
@@ -263,9 +272,13 @@ def best_baselines(page: Page, corpora: Sequence[str], models: Sequence[str]) ->
         if allowed:
             best = max(allowed, key=allowed.__getitem__)
             said.append(f"The best baseline of {of}, on average: {best}, {allowed[best]:.3f}.")
-    if said and (missing := [model for model in models if model not in (OURS, *whole)]):
-        said.append(f"Not among them, since runs are missing: {', '.join(missing)}.")
+    if said and (missing := not_whole(whole, models)):
+        said.append(f"Not among them, since runs are missing: {missing}.")
     return [" ".join(said)] if said else []
+
+
+def not_whole(whole: Iterable[str], models: Sequence[str]) -> str:
+    return ", ".join(model for model in models if model not in (OURS, *whole))
 
 
 def whole_baselines(page: Page, corpora: Sequence[str], models: Sequence[str]) -> dict[str, float]:
@@ -369,7 +382,7 @@ def ablations(page: Page) -> str:
             key, reference = (ABLATIONS, corpus, model, variant), (LEADERBOARD, corpus, model, "")
             cells.append(page.score(key))
             has_both = key in page.counted and reference in page.counted
-            differences = page.differences(key, reference) if has_both else np.zeros(0)
+            differences = page.change(key, reference) if has_both else np.zeros(0)
             cells.append(f"{differences.mean():+.3f}" if len(differences) else "")
             found += [differences] if len(differences) else []
         lines.append([variant, *cells, *(difference_cells(paired_bootstrap(found)) if found else [""] * 3)])
