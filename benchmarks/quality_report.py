@@ -39,9 +39,15 @@ Key = tuple[str, str, str, str]  # table, corpus, model, variant
 Studies = Mapping[Key, Sequence[Row]]
 
 
+def key_of(name: str) -> Key:
+    """Of a study's name in `runs`."""
+    table, corpus, model, variant = name.split(" / ")
+    return table, corpus, model, variant
+
+
 def studies(content: Content) -> dict[Key, list[Row]]:
     """All rows by study, in the order of the protocol."""
-    found: dict[Key, list[Row]] = {tuple(name.split(" / ")): [] for name in content["runs"]}
+    found: dict[Key, list[Row]] = {key_of(name): [] for name in content["runs"]}
     for row in content["rows"]:
         found.setdefault(tuple(row[name] for name in STUDY), []).append(row)
     return {key: rows for key, rows in found.items() if rows}
@@ -142,7 +148,7 @@ def verdict(page: Page) -> list[str]:
         own, *others = (page.accuracy((LEADERBOARD, corpus, model, "")) for model in (OURS, *baselines))
         better = [f"{model} {score:.3f}" for model, score in zip(baselines, others, strict=True) if score > own]
         lines += [f"- On {corpus}, ahead of {OURS}'s {own:.3f}: {', '.join(better)}."] if better else []
-    if missing := not_whole(baselines, models):
+    if missing := unfinished(page):
         lines.append(f"- Not among these baselines, since runs are missing: {missing}.")
     return lines
 
@@ -272,13 +278,15 @@ def best_baselines(page: Page, corpora: Sequence[str], models: Sequence[str]) ->
         if allowed:
             best = max(allowed, key=allowed.__getitem__)
             said.append(f"The best baseline of {of}, on average: {best}, {allowed[best]:.3f}.")
-    if said and (missing := not_whole(whole, models)):
+    if said and (missing := unfinished(page)):
         said.append(f"Not among them, since runs are missing: {missing}.")
     return [" ".join(said)] if said else []
 
 
-def not_whole(whole: Iterable[str], models: Sequence[str]) -> str:
-    return ", ".join(model for model in models if model not in (OURS, *whole))
+def unfinished(page: Page) -> str:
+    """The baselines that are to have more runs than there are."""
+    planned = [key for key in map(key_of, page.content["runs"]) if key[0] == LEADERBOARD and key[2] != OURS]
+    return ", ".join(dict.fromkeys(key[2] for key in planned if not page.is_whole(key)))
 
 
 def whole_baselines(page: Page, corpora: Sequence[str], models: Sequence[str]) -> dict[str, float]:
