@@ -153,7 +153,7 @@ SYNTHETIC_OPTIONS: Options = {
     "window_size": synthetic_suite.WINDOW_SIZE,
     "max_windows": max(synthetic_suite.DISTANCES) + 7,
 }
-CHRONOLOGY: Options = {"max_windows": 2 * max(synthetic_suite.DISTANCES)}
+OPTIONS_OF_TASKS: dict[str, Options] = {"chronology": {"max_windows": 2 * max(synthetic_suite.DISTANCES)}}
 SYNTHETIC_LRS = (5e-5,)
 TWO_WINDOWS: Options = {"window_size": 2 * synthetic_suite.WINDOW_SIZE, "max_windows": None}
 SYNTHETIC_MODELS: dict[tuple[str, str], Model] = {
@@ -252,8 +252,7 @@ def ablation_study(corpus: str, variant: str) -> Study:
 
 def synthetic_study(task: str, model: str, variant: str) -> Study:
     made = SYNTHETIC_MODELS[model, variant]
-    longer = CHRONOLOGY if task == "chronology" else {}
-    options = flags({**COMMON, **SYNTHETIC_OPTIONS, **longer, **made.options})
+    options = flags({**COMMON, **SYNTHETIC_OPTIONS, **OPTIONS_OF_TASKS.get(task, {}), **made.options})
     return Study(SYNTHETIC, task, model, variant, SYNTHETIC_ENCODER, options, made.grid, SYNTHETIC_RUNS)
 
 

@@ -278,8 +278,6 @@ def best_baselines(page: Page, corpora: Sequence[str], models: Sequence[str]) ->
         if allowed:
             best = max(allowed, key=allowed.__getitem__)
             said.append(f"The best baseline of {of}, on average: {best}, {allowed[best]:.3f}.")
-    if said and (missing := unfinished(page)):
-        said.append(f"Not among them, since runs are missing: {missing}.")
     return [" ".join(said)] if said else []
 
 

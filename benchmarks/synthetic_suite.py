@@ -46,7 +46,7 @@ import random
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import accumulate, product
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple, TypedDict
@@ -54,9 +54,8 @@ from typing import Any, NamedTuple, TypedDict
 import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from benchmarks.addresses import Addresses
 from benchmarks.corpora import ABOUT, ENCODER, SPLITS
-from data.make_sotu import DATA
-from data_utils.readers import read_records
 from data_utils.tokenization import load_tokenizer, tokenize
 from data_utils.windows import SPECIALS
 from download_models import atomic_folder
@@ -114,9 +113,6 @@ SPOKE = (
     "Then {} rose and spoke.",
 )
 
-ADDRESSES = {"train": "train", "validation": "evaluation", "test": "validation"}  # where those of a split lie
-YEARS_APART = range(50, 61)
-
 FILLERS = (
     "Rain fell on the {place}.",
     "The {place} lay {state} in {season}.",
@@ -151,19 +147,6 @@ class Example(TypedDict):
     label: str
     task: str
     distance: int
-
-
-class Address(NamedTuple):
-    """A State of the Union address."""
-
-    year: int
-    words: list[str]
-    totals: list[int]
-    """Tokens before each word, and of all."""
-    places: dict[int, int]
-    """The word before which there are so many tokens."""
-    may_begin: list[bool]
-    """Whether a word has as many at the start of a text, so that a window, and thus a document, may begin with it."""
 
 
 class Options(NamedTuple):
@@ -219,48 +202,10 @@ class Writer:
             window.insert(self.draw.randint(1, len(window)), sentence)
         return window
 
-    def excerpt(self, address: Address, windows: int) -> list[Window]:
-        """So many full windows of an address, from a random place on.
-
-        Each is words as they follow one another; what lies between two windows is the words at which none begins that
-        ends with a word.
-        """
-        while True:
-            found: list[Window] = []
-            at = self.draw.randrange(len(address.words))
-            while len(found) < windows and at < len(address.words):
-                end = address.places.get(address.totals[at] + self._room)
-                if end is None or not address.may_begin[at]:
-                    at += 1
-                    continue
-                found.append([" ".join(address.words[at:end])])
-                at = end
-            if len(found) == windows:
-                return found
-
     @functools.cached_property
-    def addresses(self) -> list[Address]:
-        """Those of the bundled corpus that are of this split."""
-        texts = {record.id: record.text.split() for record in read_records(DATA / ADDRESSES[self._split])}
-        known = sorted(set().union(*texts.values()))
-        counts = dict(zip(known, self._count(known, start=" "), strict=True))
-        at_first = dict(zip(known, self._count(known), strict=True))
-        found = []
-        for name, words in texts.items():
-            totals = [0, *accumulate(counts[word] for word in words)]
-            places = {total: place for place, total in enumerate(totals)}
-            may_begin = [counts[word] == at_first[word] for word in words]
-            found.append(Address(int(name.split("-")[0]), words, totals, places, may_begin))
-        return found
-
-    def pairs(self, windows: int) -> list[tuple[Address, Address]]:
-        """Older and newer address, of which so many windows can be taken. Raises ConfigError where there are none."""
-        needed = (windows + 1) * self._room  # with what is left out between windows
-        found = [address for address in self.addresses if address.totals[-1] >= needed]
-        pairs = [(older, newer) for older, newer in product(found, found) if newer.year - older.year in YEARS_APART]
-        if not pairs:
-            raise ConfigError(f"--distances {windows}: the addresses are shorter than so many windows")
-        return pairs
+    def addresses(self) -> Addresses:
+        """Those of this split."""
+        return Addresses(self._split, self._room, self._count)
 
     def empty(self, windows: int) -> list[Window]:
         """Windows of filler alone."""
@@ -328,8 +273,9 @@ def identity(writer: Writer, distance: int) -> Iterator[Labelled]:
 
 
 def chronology(writer: Writer, distance: int) -> Iterator[Labelled]:
-    for addresses in writer.draw.sample(writer.pairs(distance), GROUP // 2):
-        older, newer = (writer.excerpt(address, distance) for address in addresses)
+    addresses = writer.addresses
+    for pair in writer.draw.sample(addresses.pairs(distance), GROUP // 2):
+        older, newer = ([[text] for text in addresses.excerpt(address, distance, writer.draw)] for address in pair)
         yield "older", [*older, *newer]
         yield "newer", [*newer, *older]
 

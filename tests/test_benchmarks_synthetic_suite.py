@@ -19,7 +19,6 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks import tfidf_svm
 from benchmarks.corpora import SPLITS
 from benchmarks.synthetic_suite import (
-    ADDRESSES,
     CAST,
     NAMES,
     NOBODY,
@@ -35,7 +34,7 @@ from benchmarks.synthetic_suite import (
     read_predictions,
     share,
 )
-from data.make_sotu import DATA
+from data import make_sotu
 from data_utils.analysis import analyze
 from data_utils.readers import read_records
 from data_utils.tokenization import tokenize
@@ -166,7 +165,8 @@ def test_windows_are_full_and_what_decides_is_as_far_apart_as_said(task, kind):
 @cache
 def addresses(split: str) -> list[tuple[int, str]]:
     """Year and words."""
-    records = read_records(DATA / ADDRESSES[split])
+    folder = {"train": "train", "validation": "evaluation", "test": "validation"}[split]
+    records = read_records(make_sotu.DATA / folder)
     return [(int(record.id.split("-")[0]), " ".join(record.text.split())) for record in records]
 
 

@@ -100,7 +100,7 @@ def test_the_small_transformer_tells_the_order_of_windows(encoder_config):
     model = build(encoder_config, carry="none", aggregation="transformer")
     input_ids, mask = documents([[12, 12, 12]])
     backwards = model(input_ids.flip(1), mask).logits
-    assert (backwards - model(input_ids, mask).logits).abs().max() > 1e-4
+    assert (backwards - model(input_ids, mask).logits).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize(("layers", "trained"), [(0, 0), (1, 16), (2, 32)])
