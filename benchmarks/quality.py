@@ -67,9 +67,8 @@ def cells(group: Sequence[Study], rows: Sequence[Row]) -> list[Cell]:
     found = [cell for study in group for cell in study.tuning()]
     later = []
     for study in group:
-        tuned = study.tuned or study
-        if all(has_row(cell, rows) for cell in tuned.tuning()):
-            later.append(study.others(chosen_rate(select(rows, **tuned.identity))))
+        if all(has_row(cell, rows) for cell in study.tuning()):
+            later.append(study.others(chosen_rate(select(rows, **study.identity))))
     turns = max(map(len, later), default=0)
     return found + [others[turn] for turn in range(turns) for others in later if turn < len(others)]
 
@@ -207,7 +206,7 @@ def measure(cell: Cell, workshop: Workshop) -> Row:
     data = workshop.data(cell["corpus"], cell["fold"])
     figures = measure_linear(data) if cell["model"] == protocol.LINEAR else workshop.measure(cell)
     documents = load_split(data, "test")
-    if cell["table"] == protocol.SYNTHETIC:
+    if cell["corpus"] in synthetic_suite.TASKS:
         figures["accuracy_by_distance"] = by_distance(documents, figures["right"])
     else:
         long = [int(hit) for hit, d in zip(figures["right"], documents, strict=True) if d["tokens"] > LONG]

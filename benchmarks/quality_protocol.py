@@ -3,7 +3,7 @@
 - a study: one model with one set of options on one corpus. Its learning rate is tuned on its first run (a fold and a
   seed), then it goes through the other runs
 - leaderboard: models on corpora, each with the same budget of tuning
-- ablations: variants of ReBerta by flag, with the learning rate that ReBerta has on that corpus
+- ablations: variants of ReBerta by flag, on one of the synthetic tasks
 - synthetic: the tasks of benchmarks.synthetic_suite
 """
 
@@ -112,16 +112,9 @@ MODELS = {
 }
 
 SHUFFLED = "windows shuffled"  # of all documents, in training too: they are written so, in runs of RUN words
-RUN = 96
-ABLATED = {"20news-long": SEEDS[:1]}  # where fine-tuning betters a probe; elsewhere most variants are one probe
+RUN = 36  # about as many as a window of the ablated task
+ABLATED = "chronology"  # order tells the label there, in real sentences; variants are alike where a mean tells it
 VARIANTS: dict[str, Options] = {
-    "probe_epochs 0": {"probe_epochs": None},
-    "dropout 0": {"dropout": 0},
-    "fresh_lr_factor 0.1": {"fresh_lr_factor": 0.1},
-    "fresh_lr_factor 10": {"fresh_lr_factor": 10},
-    "window_loss 0": {"window_loss": None},
-    "carry none": {"carry": "none"},
-    "carry gated": {"carry": "gated"},
     "carry residual": {"carry": "residual"},
     "carry residual, alpha 0.5": {"carry": "residual", "alpha": 0.5},
     "num_repeats 2": {"num_repeats": 2},
@@ -134,11 +127,14 @@ VARIANTS: dict[str, Options] = {
     "gate_bias -4": {"gate_bias": -4},
     "gate_bias 2": {"gate_bias": 2},
     SHUFFLED: {},
-    "train_windows none": {"train_windows": None, "max_windows": 8},
-    "window_overlap 32": {"window_overlap": 32},
-    "window_size 256": {"window_size": 256},  # as many tokens: see `with_windows`
+    "window_overlap 12": {"window_overlap": 12, "max_windows": 48},
+    "window_size 96": {"window_size": 96},
+    "window_size 192": {"window_size": 192},
     "window_size 512": {"window_size": 512},
     "position_encoding rope": {"position_encoding": "rope"},
+    "window_loss 1": {"window_loss": 1},
+    "fresh_lr_factor 1": {"fresh_lr_factor": 1},
+    "dropout 0.1": {"dropout": 0.1},
 }
 
 SYNTHETIC_ENCODER = ENCODER
@@ -151,7 +147,7 @@ SYNTHETIC_OPTIONS: Options = {
     "dropout": 0,
     "memory_level": 0,
     "window_size": synthetic_suite.WINDOW_SIZE,
-    "max_windows": max(synthetic_suite.DISTANCES) + 7,
+    "max_windows": max(synthetic_suite.DISTANCES) + synthetic_suite.OUTSIDE + 1,
 }
 OPTIONS_OF_TASKS: dict[str, Options] = {"chronology": {"max_windows": 2 * max(synthetic_suite.DISTANCES)}}
 SYNTHETIC_LRS = (5e-5,)
@@ -167,14 +163,13 @@ SYNTHETIC_MODELS: dict[tuple[str, str], Model] = {
     ("transformer", ""): Model({"model_type": "transformer", "fresh_lr_factor": 1, "epochs": 10}, (1e-3,)),
     (OURS, "carry none"): Model({"model_type": "reberta", "carry": "none"}, SYNTHETIC_LRS),
     (OURS, "carry gated"): Model({"model_type": "reberta", "carry": "gated"}, SYNTHETIC_LRS),
-    (OURS, "gate_bias -4"): Model({"model_type": "reberta", "carry": "gru", "gate_bias": -4}, SYNTHETIC_LRS),
 }
 
 
 class Study(NamedTuple):
     """A model with its options on a corpus, and the runs (fold, seed) that it is to go through.
 
-    `grid` are learning rates for the first run; a study without grid takes that of `tuned`.
+    `grid` are learning rates for the first run.
     """
 
     table: str
@@ -185,7 +180,6 @@ class Study(NamedTuple):
     options: str
     grid: tuple[float | None, ...]
     runs: tuple[tuple[int, int], ...]
-    tuned: Study | None = None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -203,7 +197,7 @@ class Study(NamedTuple):
     @property
     def size(self) -> int:
         """How many cells it has."""
-        return len(self.runs) + max(len(self.grid) - 1, 0)
+        return len(self.runs) + len(self.grid) - 1
 
     def cell(self, run: tuple[int, int], rate: float | None) -> dict[str, Any]:
         return {**self.identity, "fold": run[0], "seed": run[1], "learning_rate": rate, **self.how}
@@ -214,17 +208,11 @@ class Study(NamedTuple):
 
     def others(self, rate: float | None) -> list[dict[str, Any]]:
         """The cells that follow once it is known."""
-        return [self.cell(run, rate) for run in self.runs[bool(self.grid) :]]
+        return [self.cell(run, rate) for run in self.runs[1:]]
 
 
 def flags(options: Options) -> str:
     return " ".join(f"--{name} {value}" for name, value in options.items() if value is not None)
-
-
-def with_windows(options: Options) -> dict[str, Any]:
-    """As many tokens in windows of another size than WINDOW_SIZE."""
-    counts = {name: options[name] for name in ("max_windows", "train_windows") if options.get(name) is not None}
-    return {**options, **{name: count * WINDOW_SIZE // options["window_size"] for name, count in counts.items()}}
 
 
 def leaderboard_study(corpus: str, model: str) -> Study:
@@ -237,36 +225,27 @@ def leaderboard_study(corpus: str, model: str) -> Study:
     return Study(LEADERBOARD, corpus, model, "", ENCODER, text, made.grid, runs)
 
 
-def ablation_reference(corpus: str) -> Study:
-    """What of the leaderboard the ablations are compared with: the first run, for the rate, and their own."""
-    study = leaderboard_study(corpus, OURS)
-    return study._replace(runs=tuple(dict.fromkeys((study.runs[0], *ABLATED[corpus]))))
-
-
-def ablation_study(corpus: str, variant: str) -> Study:
-    reference = leaderboard_study(corpus, OURS)
-    options = with_windows({**COMMON, **CORPORA[corpus].options, **MODELS[OURS].options, **VARIANTS[variant]})
-    runs = ABLATED[corpus]
-    return Study(ABLATIONS, corpus, OURS, variant, ENCODER, flags(options), (), runs, tuned=reference)
-
-
-def synthetic_study(task: str, model: str, variant: str) -> Study:
+def synthetic_study(task: str, model: str, variant: str, changes: Options | None = None) -> Study:
     made = SYNTHETIC_MODELS[model, variant]
-    options = flags({**COMMON, **SYNTHETIC_OPTIONS, **OPTIONS_OF_TASKS.get(task, {}), **made.options})
-    return Study(SYNTHETIC, task, model, variant, SYNTHETIC_ENCODER, options, made.grid, SYNTHETIC_RUNS)
+    options = {**COMMON, **SYNTHETIC_OPTIONS, **OPTIONS_OF_TASKS.get(task, {}), **made.options, **(changes or {})}
+    return Study(SYNTHETIC, task, model, variant, SYNTHETIC_ENCODER, flags(options), made.grid, SYNTHETIC_RUNS)
+
+
+def ablation_study(variant: str) -> Study:
+    return synthetic_study(ABLATED, OURS, "", VARIANTS[variant])._replace(table=ABLATIONS, variant=variant)
 
 
 def studies(tables: Sequence[str] = (), corpora: Sequence[str] = (), models: Sequence[str] = ()) -> list[list[Study]]:
     """The chosen studies in the order of work: groups of one table and corpus each, in which models take turns.
 
-    Empty choices mean everything. The ablations of a corpus bring the runs of ReBerta that they are compared with.
+    Empty choices mean everything. The ablations bring the run of ReBerta that they are compared with.
     Raises ConfigError for names that stand nowhere.
     """
     known = {"table": TABLES, "corpus": [*CORPORA, *synthetic_suite.TASKS], "model": list(MODELS)}
     for kind, chosen in (("table", tables), ("corpus", corpora), ("model", models)):
         if unknown := [name for name in chosen if name not in known[kind]]:
             raise ConfigError(f"no {kind} is called {' or '.join(unknown)}, only {', '.join(known[kind])}")
-    with_leaderboard = not tables or LEADERBOARD in tables
+    with_synthetic = not tables or SYNTHETIC in tables
     groups: dict[str, list[list[Study]]] = {
         LEADERBOARD: [
             [leaderboard_study(corpus, name) for name, made in MODELS.items() if made.everywhere or corpus == SMALLEST]
@@ -274,10 +253,9 @@ def studies(tables: Sequence[str] = (), corpora: Sequence[str] = (), models: Seq
         ],
         ABLATIONS: [
             [
-                *([] if with_leaderboard else [ablation_reference(corpus)]),
-                *(ablation_study(corpus, variant) for variant in VARIANTS),
+                *([] if with_synthetic else [synthetic_study(ABLATED, OURS, "")]),
+                *(ablation_study(variant) for variant in VARIANTS),
             ]
-            for corpus in ABLATED
         ],
         SYNTHETIC: [[synthetic_study(task, *which) for which in SYNTHETIC_MODELS] for task in synthetic_suite.TASKS],
     }

@@ -59,14 +59,7 @@ class Page:
     def __init__(self, content: Content) -> None:
         self.content = content
         self.studies = studies(content)
-        self.counted = {key: self._counted(key) for key in self.studies}
-        self.counted = {key: rows for key, rows in self.counted.items() if rows}
-
-    def _counted(self, key: Key) -> list[Row]:
-        """Variants have no search of their own: those rows count that have the rate of the model itself."""
-        reference = (LEADERBOARD, key[1], key[2], "") if key[0] == ABLATIONS else key
-        rate = chosen_rate(self.studies[reference]) if reference in self.studies else None
-        return counted(self.studies[key], rate)
+        self.counted = {key: counted(rows, chosen_rate(rows)) for key, rows in self.studies.items()}
 
     def of(self, table: str) -> list[Key]:
         return [key for key in self.counted if key[0] == table]
@@ -94,12 +87,6 @@ class Page:
     def differences(self, ours: Key, others: Key) -> np.ndarray:
         """By document, over the folds that both were tested on."""
         return paired_differences(self.right(ours), self.right(others))
-
-    def change(self, variant: Key, reference: Key) -> np.ndarray:
-        """By document, what a variant makes of the same runs, fold and seed, of its reference."""
-        runs = {(row["fold"], row["seed"]) for row in self.counted[variant]}
-        same = [row for row in self.counted[reference] if (row["fold"], row["seed"]) in runs]
-        return paired_differences(self.right(variant), right_by_fold(same))
 
     def lead_over(self, model: str, corpora: Iterable[str]) -> dict[str, np.ndarray]:
         """ReBerta's differences to a model by corpus, of those where there are any."""
@@ -377,41 +364,34 @@ def named(key: Key) -> str:
     return ", ".join(part for part in key[2:] if part)
 
 
-def ablations(page: Page) -> str:
-    """Variants beside the model on the same folds; differences over documents, with a paired bootstrap."""
-    keys = page.of(ABLATIONS)
-    corpora = unique_in(keys, 1)
-    lines = []
-    for model, variant in dict.fromkeys(key[2:] for key in keys):
-        cells, found = [], []
-        for corpus in corpora:
-            key, reference = (ABLATIONS, corpus, model, variant), (LEADERBOARD, corpus, model, "")
-            cells.append(page.score(key))
-            has_both = key in page.counted and reference in page.counted
-            differences = page.change(key, reference) if has_both else np.zeros(0)
-            cells.append(f"{differences.mean():+.3f}" if len(differences) else "")
-            found += [differences] if len(differences) else []
-        lines.append([variant, *cells, *(difference_cells(paired_bootstrap(found)) if found else [""] * 3)])
-    if not lines:
-        return ""
-    header = ["variant", *chain.from_iterable((corpus, f"less {OURS}") for corpus in corpora), "mean", "95 %", "p"]
-    return "\n\n".join(["## Ablations", markdown_table(header, lines, left=1)])
-
-
 def synthetic(page: Page) -> str:
     """Accuracy by distance, a table a task."""
+    parts = distance_tables(page, page.of(SYNTHETIC))
+    return "\n\n".join(["## Synthetic tasks", "Accuracy by distance in windows.", *parts]) if parts else ""
+
+
+def ablations(page: Page) -> str:
+    """Accuracy by distance of ReBerta with other options, below those that stand among the synthetic tasks."""
+    keys = page.of(ABLATIONS)
+    tasks = unique_in(keys, 1)
+    parts = distance_tables(page, [*(k for k in page.of(SYNTHETIC) if k[1] in tasks and k[2] == OURS), *keys])
+    return "\n\n".join(["## Ablations", "Accuracy by distance in windows.", *parts]) if parts else ""
+
+
+def distance_tables(page: Page, keys: Sequence[Key]) -> list[str]:
+    """A table a task."""
     parts = []
-    for task in unique_in(page.of(SYNTHETIC), 1):
-        keys = [key for key in page.of(SYNTHETIC) if key[1] == task]
-        distances = list(page.counted[keys[0]][0]["accuracy_by_distance"])
+    for task in unique_in(keys, 1):
+        of_task = [key for key in keys if key[1] == task]
+        distances = list(page.counted[of_task[0]][0]["accuracy_by_distance"])
         lines = []
-        for key in keys:
+        for key in of_task:
             rows = page.counted[key]
             cells = [f"{mean(row['accuracy_by_distance'][distance] for row in rows):.3f}" for distance in distances]
             lines.append([named(key), page.runs(key), *cells, page.score(key)])
         header = [task, "runs", *(f"distance {distance}" for distance in distances), "all"]
         parts.append(markdown_table(header, lines, left=1))
-    return "\n\n".join(["## Synthetic tasks", "Accuracy by distance in windows.", *parts]) if parts else ""
+    return parts
 
 
 def commands(page: Page) -> str:

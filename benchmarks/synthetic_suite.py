@@ -22,11 +22,11 @@
   sounds like must be learned here, too, and no reader would always be right
 
 Every window is full: the tokenizer's tokens of its sentences are exactly those that a window of `--window_size` holds,
-so that train and evaluate with the same `--window_size`, no overlap, and `--max_windows` of D + 7 or more (chronology:
-2 D). In order, retraction and counting two or three windows of filler stand before and after what decides, out of sight
-of `--model_type head` and `head_tail` where these read at most two windows. Alone, no window tells order, the twins of
-retraction, nor who speaks first and last in identity; in counting one of three leaves at best every second guess right,
-and at distance 1 two of them share a window.
+so that train and evaluate with the same `--window_size`, no overlap, and `--max_windows` of D + 17 or more (chronology:
+2 D). In order, retraction and counting up to 16 windows of filler stand before and after what decides, as many in all
+as often as any other number: where the last event decides alone, it must be remembered for as long. Alone, no window
+tells order, the twins of retraction, nor who speaks first and last in identity; in counting one of three leaves at best
+every second guess right, and at distance 1 two of them share a window.
 
 - FOLDER/TASK/{train,validation,test}.jsonl: {"id", "text", "label", "task", "distance"} a line, distances mixed, as
   many documents of each label and distance (in identity, half of them `nobody`); twins are in the same split
@@ -66,7 +66,7 @@ DOCUMENTS = 400  # for training, a distance
 SMALLER = 4  # validation and test are smaller by this factor
 GROUP = 4  # documents that share their filler, or are two pairs of twins
 WINDOW_SIZE = 48
-MARGIN = (2, 3)  # windows of filler before and after what decides
+OUTSIDE = 16  # windows of filler before and after what decides, together, at most
 
 NAMES = """
     Adam Agnes Albert Alice Amos Anna Arthur Barbara Ben Bertha Bridget Carl Caroline Catherine Charles Clara Daniel
@@ -213,7 +213,9 @@ class Writer:
 
     def around(self, between: int) -> tuple[list[Window], list[Window], list[Window]]:
         """Filler before, between (so many windows) and after what decides."""
-        return self.empty(self.draw.randint(*MARGIN)), self.empty(between), self.empty(self.draw.randint(*MARGIN))
+        outside = self.draw.randint(0, OUTSIDE)
+        before = self.draw.randint(0, outside)
+        return self.empty(before), self.empty(between), self.empty(outside - before)
 
 
 def order(writer: Writer, distance: int) -> Iterator[Labelled]:

@@ -89,7 +89,7 @@ def content_of(rows: list[dict[str, Any]], **runs: int) -> dict[str, Any]:
             {**session, "started": "tomorrow", "machine": machine | {"cpu": "Another", "amx": True}},
             {**session, "started": "in vain", "machine": machine | {"cpu": "A third"}},
         ],
-        "runs": planned | {"ablations / sotu-era / reberta / carry none": 1},
+        "runs": planned | {"ablations / order / reberta / num_repeats 2": 1},
         "corpora": dict.fromkeys(("sotu-era", "brown-15", "order"), facts),
         "rows": rows,
     }
@@ -172,16 +172,19 @@ def test_what_is_aimed_at_may_be_reached_or_missed_on_a_corpus():
 
 
 def test_page_of_ablations_and_synthetic_tasks():
-    rows = [row("10"), row("01", 0.4, learning_rate=2e-4)]
-    rows += [row("11", table="ablations", variant="carry none", learning_rate=rate) for rate in (1e-4, 2e-4)]
     by_distance = {"accuracy_by_distance": {"1": 0.75, "16": 0.5}}
-    rows += [row("01", table="synthetic", corpus="order", variant="carry none") | by_distance]
+    rows = [row("01", table="synthetic", corpus=task, variant="carry none") | by_distance for task in ("order", "more")]
     text = page_of(rows)
-    assert "| variant | sotu-era | less reberta | mean | 95 % | p |" in text
-    assert "| carry none | 1.000 | +0.500 | +0.500 | +0.000 to +1.000 |" in text
-    not_of_the_variant = row("11", seed=1, learning_rate=2e-4)
-    assert "| carry none | 1.000 | +0.500 |" in page_of([*rows, not_of_the_variant])
+    assert "| synthetic tasks, worst distance | order | more |" in text
+    assert "| reberta, carry none | 0.500 | 0.500 |" in text
     assert "| order | runs | distance 1 | distance 16 | all |" in text
-    assert "| synthetic tasks, worst distance | order |" in text
-    assert "| reberta, carry none | 0.500 |" in text
-    assert "| reberta, carry none | 1 of 1 | 0.750 | 0.500 | 0.500 |" in text
+    assert "Ablations" not in text
+    rows += [row("01", table="synthetic", corpus="order", model="mean") | by_distance]
+    rows += [row("11", table="ablations", corpus="order", variant="num_repeats 2") | by_distance]
+    _, ablations = page_of(rows).split("## Ablations")
+    lines = [line for line in ablations.split("## ")[0].splitlines() if line.startswith("| ")]
+    assert lines[0] == "| order | runs | distance 1 | distance 16 | all |"
+    assert lines[2:] == [
+        "| reberta, carry none | 1 of 1 | 0.750 | 0.500 | 0.500 |",
+        "| reberta, num_repeats 2 | 1 of 1 | 0.750 | 0.500 | 1.000 |",
+    ]
