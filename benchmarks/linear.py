@@ -3,7 +3,7 @@
     python -m benchmarks.linear [NAME ...] [--corpora DIR --words 380 --output FILE.json]
 
 - the corpora and folds of benchmarks.corpora; trained on a fold's training set alone
-- C is chosen on its validation set, and is in each row
+- C is chosen in a cross-validation within it and on the validation set, and is in each row
 - `long` documents are those that one window of 512 tokens cannot hold
 - a row a corpus, fold and number of words; then means and standard deviations over the folds
 """
@@ -40,7 +40,7 @@ def measure(folder: Path, words: int | None) -> dict[str, Any]:
     right_long = [hit for hit, document in zip(right, fold["test"], strict=True) if document["tokens"] > LONG]
     return {
         "C": fitted.c,
-        "validation_accuracy": fitted.validation_accuracy,
+        "held_out_accuracy": fitted.held_out_accuracy,
         "accuracy": statistics.mean(right),
         "f1_macro": float(f1_score(truth, fitted.predictions, average="macro", zero_division=0)),
         "accuracy_long": statistics.mean(right_long) if right_long else None,

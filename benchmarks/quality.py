@@ -193,7 +193,7 @@ def measure_linear(data: Path) -> Row:
     return {
         "accuracy": mean(right),
         "f1_macro": float(f1_score(truth, fitted.predictions, average="macro", zero_division=0)),
-        "validation_accuracy": fitted.validation_accuracy,
+        "held_out_accuracy": fitted.held_out_accuracy,
         "C": fitted.c,
         "share_read": 1.0,
         "seconds": round(seconds, 1),

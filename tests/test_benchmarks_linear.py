@@ -57,7 +57,7 @@ def test_figures_of_a_corpus_that_is_decided_late(folder, capsys):
         assert (row["documents"], row["long"]) == (12, 6)
         if row["words"] == "whole":
             assert row["C"] == 1  # all are equal, the first is taken
-            assert row["validation_accuracy"] == row["accuracy"] == row["f1_macro"] == row["accuracy_long"] == 1
+            assert row["held_out_accuracy"] == row["accuracy"] == row["f1_macro"] == row["accuracy_long"] == 1
         else:
             assert row["accuracy"] < 0.75
     assert "| sotu-era | whole | 2 | 1.000 ± 0.000 | 1.000 ± 0.000 | 1.000 ± 0.000 |" in table
@@ -66,14 +66,17 @@ def test_figures_of_a_corpus_that_is_decided_late(folder, capsys):
     assert output.read_bytes() == before
 
 
-def test_c_is_chosen_on_validation_data_alone(monkeypatch):
+def test_c_is_chosen_on_what_is_held_out_of_training_and_on_validation_data(monkeypatch):
     """With a C near 0 everything is the label that most documents have."""
     fold = make_fold()
     fold["train"] = [d for d in fold["train"] if d["label"] == "war" or int(d["id"]) < 9]
     monkeypatch.setattr(tfidf_svm, "C_GRID", (1e-6, 10))
     assert fit(fold, None)[:2] == (10, 1)
     fold["validation"] = [{**d, "label": "war"} for d in fold["validation"]]
-    assert fit(fold, None) == (1e-6, 1, ["war"] * 12)
+    everything_but_war = len(fold["train"]) - 10
+    assert fit(fold, None)[:2] == (1e-6, 1 - everything_but_war / (len(fold["train"]) + 9))  # as 10, the first of them
+    fold["validation"] *= 2
+    assert fit(fold, None)[2] == ["war"] * 12
 
 
 def test_no_long_document_no_score_of_them(folder):
