@@ -6,8 +6,8 @@
 - what is run, and with which options, stands in benchmarks/quality_protocol.py; three tables: leaderboard, ablations,
   synthetic
 - a cell is one training and test, in a process of one thread; `--jobs` of them at a time. First come the learning
-  rates of all models on a corpus (its first fold or seed), then the other folds or seeds with the rate that validation
-  chose; the chosen one's run in tuning is its first row
+  rates of all models on a corpus (its first fold or seed), those of a grid and beyond it while they get better, then
+  the other folds or seeds with the rate that validation chose; the chosen one's run in tuning is its first row
 - a finished cell is saved at once and not run again; Ctrl-C or SIGTERM gives up those at work. A cell that fails ends
   the session once the others at work have ended
 - a table may come from several machines and versions of the code, since what counts in it are labels: each row names
@@ -44,7 +44,7 @@ from benchmarks import common, corpora, quality_report, report, synthetic_suite
 from benchmarks import quality_protocol as protocol
 from benchmarks.corpora import LONG, SPLITS, Document, load_split
 from benchmarks.quality_protocol import Study
-from benchmarks.quality_statistics import chosen_rate, select
+from benchmarks.quality_statistics import chosen_rate, rates_to_try, select
 from benchmarks.tfidf_svm import fit
 from utils import ReBertaError, TrainingError, logger, setup_logging, write_text
 
@@ -64,11 +64,13 @@ def cells(group: Sequence[Study], rows: Sequence[Row]) -> list[Cell]:
 
     What follows upon tuning can be named when all the cells of tuning have their rows.
     """
-    found = [cell for study in group for cell in study.tuning()]
-    later = []
+    found, later = [], []
     for study in group:
-        if all(has_row(cell, rows) for cell in study.tuning()):
-            later.append(study.others(chosen_rate(select(rows, **study.identity))))
+        of_study = select(rows, **study.identity)
+        tuning = study.tuning(rates_to_try(study.grid, of_study))
+        found += tuning
+        if all(has_row(cell, rows) for cell in tuning):
+            later.append(study.others(chosen_rate(of_study)))
     turns = max(map(len, later), default=0)
     return found + [others[turn] for turn in range(turns) for others in later if turn < len(others)]
 
@@ -228,9 +230,11 @@ def name_of(cell: Cell) -> str:
 
 
 def left(groups: Sequence[Sequence[Study]], rows: Sequence[Row]) -> int:
-    """How many cells have no row yet."""
+    """How many cells have no row yet, of as many as can be told so far."""
     done = sum(has_row(cell, rows) for group in groups for cell in cells(group, rows))
-    return sum(study.size for group in groups for study in group) - done
+    studies = chain.from_iterable(groups)
+    rates = {s: len(rates_to_try(s.grid, select(rows, **s.identity))) for s in studies}
+    return sum(count - 1 + len(study.runs) for study, count in rates.items()) - done
 
 
 def run(groups: Sequence[Sequence[Study]], results: common.Results, workshop: Workshop, jobs: int) -> None:

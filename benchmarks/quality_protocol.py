@@ -1,7 +1,7 @@
 """What benchmarks.quality trains and tests: corpora, models, options, grids. Here is where all of it is changed.
 
 - a study: one model with one set of options on one corpus. Its learning rate is tuned on its first run (a fold and a
-  seed), then it goes through the other runs
+  seed), beyond its grid where the best one is the last; then it goes through the other runs
 - leaderboard: models on corpora, each with the same budget of tuning
 - ablations: variants of ReBerta by flag, on one of the synthetic tasks
 - synthetic: the tasks of benchmarks.synthetic_suite
@@ -53,7 +53,7 @@ COMMON: Options = {
     "device": "cpu",
 }
 LRS = (3e-5, 1e-4, 3e-4)
-LRS_FROM_SCRATCH = (5e-4, 1e-3, 2e-3)
+LRS_FROM_SCRATCH = (3e-4, 1e-3, 3e-3)
 WINDOW_SIZE = 128
 ALL_WINDOWS = 80  # of WINDOW_SIZE tokens, which validation and test read at most
 
@@ -194,17 +194,12 @@ class Study(NamedTuple):
         """On what its figures depend beside fold, seed and learning rate."""
         return {"encoder": self.encoder, "options": self.options}
 
-    @property
-    def size(self) -> int:
-        """How many cells it has."""
-        return len(self.runs) + len(self.grid) - 1
-
     def cell(self, run: tuple[int, int], rate: float | None) -> dict[str, Any]:
         return {**self.identity, "fold": run[0], "seed": run[1], "learning_rate": rate, **self.how}
 
-    def tuning(self) -> list[dict[str, Any]]:
+    def tuning(self, rates: Sequence[float | None]) -> list[dict[str, Any]]:
         """The cells in which the learning rate is looked for."""
-        return [self.cell(self.runs[0], rate) for rate in self.grid]
+        return [self.cell(self.runs[0], rate) for rate in rates]
 
     def others(self, rate: float | None) -> list[dict[str, Any]]:
         """The cells that follow once it is known."""

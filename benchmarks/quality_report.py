@@ -26,6 +26,7 @@ from benchmarks.quality_statistics import (
     counted,
     paired_bootstrap,
     paired_differences,
+    rates_to_try,
     right_by_fold,
     search,
     validation_loss,
@@ -339,11 +340,9 @@ def learning_rates(page: Page) -> str:
         if key[0] == ABLATIONS or key[2] == LINEAR:
             continue
         tried = search(rows)
-        is_whole = key[0] != LEADERBOARD or len(tried) >= len(MODELS[key[2]].grid)
+        is_whole = key[0] != LEADERBOARD or len(tried) == len(rates_to_try(MODELS[key[2]].grid, rows))
         for row in tried:
             chosen = row["learning_rate"] == chosen_rate(rows)
-            at_edge = len(tried) > 1 and row in (tried[0], tried[-1])
-            mark = "so far" if not is_whole else "yes, the last of its grid" if at_edge else "yes"
             lines.append(
                 [
                     key[1],
@@ -353,7 +352,7 @@ def learning_rates(page: Page) -> str:
                     f"{row['validation_accuracy']:.3f}",
                     f"{row['best_epoch']:g}",
                     f"{row['accuracy']:.3f}",
-                    mark if chosen else "",
+                    ("yes" if is_whole else "so far") if chosen else "",
                 ]
             )
     header = ["corpus", "model", "learning rate", "log loss", "accuracy", "best epoch", "accuracy in the test"]

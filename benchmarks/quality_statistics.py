@@ -19,6 +19,7 @@ from benchmarks.report_tables import Row
 
 RESAMPLES = 10_000
 STUDY = ("table", "corpus", "model", "variant")
+LADDER: list[float | None] = [float(f"{digit}e{exponent}") for exponent in range(-7, 0) for digit in (1, 3)]
 
 
 def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
@@ -39,6 +40,19 @@ def search(rows: Sequence[Row]) -> list[Row]:
 def chosen_rate(rows: Sequence[Row]) -> float | None:
     """The learning rate of the lowest loss in validation, the smaller one among equals."""
     return min(search(rows), key=validation_loss)["learning_rate"]
+
+
+def rates_to_try(grid: Sequence[float | None], rows: Sequence[Row]) -> list[float | None]:
+    """Of a study with these rows: its grid, and the rates of LADDER beyond it as far as each betters the last."""
+    losses = {row["learning_rate"]: validation_loss(row) for row in search(rows)} if rows else {}
+    rates = sorted({*grid, *losses}, key=lambda rate: rate or 0)
+    if len(rates) > 1 and losses.keys() >= {*grid}:
+        best = chosen_rate(rows)
+        if best == rates[0] and losses[best] < losses[rates[1]]:
+            rates.insert(0, LADDER[LADDER.index(best) - 1])
+        elif best == rates[-1]:
+            rates.append(LADDER[LADDER.index(best) + 1])
+    return rates
 
 
 def counted(rows: Sequence[Row], rate: float | None) -> list[Row]:

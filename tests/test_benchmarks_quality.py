@@ -76,7 +76,7 @@ def small(monkeypatch) -> None:
         "news": protocol.Corpus("20news", ((0, 0), (0, 1)), OPTIONS, long_only=True),
     }
     models = {name: protocol.MODELS[name] for name in ("reberta", "head", "tfidf-svm")}
-    models |= {name: models[name]._replace(grid=(5e-5, 1e-4)) for name in ("reberta", "head")}
+    models |= {name: models[name]._replace(grid=(3e-5, 1e-4)) for name in ("reberta", "head")}
     changes = {"CORPORA": corpora, "MODELS": models, "ABLATED": "order"}
     changes |= {"VARIANTS": {"num_repeats 2": {"num_repeats": 2}}}
     changes |= {"SYNTHETIC_MODELS": {("reberta", ""): protocol.Model({"model_type": "reberta"}, (1e-3,))}}
@@ -86,12 +86,13 @@ def small(monkeypatch) -> None:
 
 @pytest.fixture
 def fake(monkeypatch, small) -> list[dict[str, Any]]:
-    """No corpora and no training; the cells that were asked for, in order. The higher rate is the better one."""
+    """No corpora and no training; the cells that were asked for, in order. The best rate is 1e-4, for head 3e-4."""
     asked: list[dict[str, Any]] = []
 
     def measure(cell: dict[str, Any], workshop: quality.Workshop) -> dict[str, Any]:
         asked.append(cell)
-        made = row("1100" if cell["model"] == "head" else "1101", loss=1 - 1000 * (cell["learning_rate"] or 0))
+        best = 3e-4 if cell["model"] == "head" else 1e-4
+        made = row("1100" if cell["model"] == "head" else "1101", loss=abs((cell["learning_rate"] or 0) - best))
         extra: dict[str, Any] = {"C": 3}
         if cell["table"] != "leaderboard":
             extra["accuracy_by_distance"] = {"1": 0.75, "16": 0.5}
@@ -114,14 +115,17 @@ def brief(cells: list[dict[str, Any]]) -> list[str]:
 
 
 def test_rates_first_then_the_other_runs_with_the_chosen_one_in_turns(fake):
+    """The best rate is the last of the grid: the search goes on until one is worse."""
     assert quality.main(["--jobs", "1", "--tables", "leaderboard", "--corpora", "sotu-era", "news"]) == 0
-    sotu = ["reberta 0 0 5e-05", "reberta 0 0 0.0001", "head 0 0 5e-05", "head 0 0 0.0001", "tfidf-svm 0 0 None"]
-    later = ["reberta 1 0 0.0001", "head 1 0 0.0001", "tfidf-svm 1 0 None"]
-    news = [*sotu, "reberta 0 1 0.0001", "head 0 1 0.0001"]  # the linear model has no seeds
+    sotu = [f"reberta 0 0 {rate}" for rate in (3e-5, 1e-4, 3e-4)]
+    sotu += [*(f"head 0 0 {rate}" for rate in (3e-5, 1e-4, 3e-4, 1e-3)), "tfidf-svm 0 0 None"]
+    later = ["reberta 1 0 0.0001", "head 1 0 0.0003", "tfidf-svm 1 0 None"]
+    news = [*sotu, "reberta 0 1 0.0001", "head 0 1 0.0003"]  # the linear model has no seeds
     assert sorted(brief(fake)) == sorted([*(f"sotu-era {name}" for name in sotu + later), *(f"news {n}" for n in news)])
-    assert brief(fake)[:2] == ["sotu-era reberta 0 0 5e-05", "sotu-era reberta 0 0 0.0001"]
-    assert brief(fake).index("sotu-era reberta 1 0 0.0001") < brief(fake).index("sotu-era head 1 0 0.0001")
-    assert brief(fake).index("sotu-era tfidf-svm 1 0 None") < brief(fake).index("news reberta 0 0 5e-05")
+    assert brief(fake)[:2] == ["sotu-era reberta 0 0 3e-05", "sotu-era reberta 0 0 0.0001"]
+    assert brief(fake).index("sotu-era head 0 0 0.001") < brief(fake).index("sotu-era head 1 0 0.0003")
+    assert brief(fake).index("sotu-era reberta 1 0 0.0001") < brief(fake).index("sotu-era head 1 0 0.0003")
+    assert brief(fake).index("sotu-era tfidf-svm 1 0 None") < brief(fake).index("news reberta 0 0 3e-05")
 
 
 def test_ablations_bring_the_model_that_they_are_compared_with(fake):
@@ -144,19 +148,19 @@ def test_a_restart_runs_only_what_is_missing(fake, tmp_path):
     arguments = ["--corpora", "sotu-era", "--output", str(output)]
     assert quality.main(arguments) == 0
     content = json.loads(output.read_text(encoding="utf-8"))
-    assert len(fake) == len(content["rows"]) == 8
+    assert len(fake) == len(content["rows"]) == 11
     (session,) = content["sessions"]
     assert session["jobs"] == 2
     assert {found["session"] for found in content["rows"]} == {session["started"]}
     before = output.read_bytes()
     assert quality.main(arguments) == 0
-    assert (len(fake), output.read_bytes()) == (8, before)
+    assert (len(fake), output.read_bytes()) == (11, before)
 
-    content["rows"] = [found for found in content["rows"] if found["model"] != "head" or found["learning_rate"] == 5e-5]
+    content["rows"] = [found for found in content["rows"] if found["model"] != "head" or found["learning_rate"] < 3e-4]
     output.write_text(json.dumps(content))
     fake.clear()
     assert quality.main(arguments) == 0
-    assert brief(fake) == ["sotu-era head 0 0 0.0001", "sotu-era head 1 0 0.0001"]
+    assert brief(fake) == [f"sotu-era head {run}" for run in ("0 0 0.0003", "0 0 0.001", "1 0 0.0003")]
     assert len(json.loads(output.read_text(encoding="utf-8"))["sessions"]) == 2
 
 
@@ -171,10 +175,11 @@ def test_rows_of_other_options_are_dropped_where_their_study_is_chosen(fake, tmp
     assert fake == []
     assert "dropped" not in capsys.readouterr().err
     quality.main(arguments)
-    assert "3 rows were made with other options than the protocol now has: dropped" in capsys.readouterr().err
-    assert brief(fake) == ["sotu-era head 0 0 5e-05", "sotu-era head 0 0 0.0001", "sotu-era head 1 0 0.0001"]
+    assert "5 rows were made with other options than the protocol now has: dropped" in capsys.readouterr().err
+    runs = ("0 0 3e-05", "0 0 0.0001", "0 0 0.0003", "0 0 0.001", "1 0 0.0003")
+    assert brief(fake) == [f"sotu-era head {run}" for run in runs]
     rows = json.loads(output.read_text(encoding="utf-8"))["rows"]
-    assert len(rows) == 8
+    assert len(rows) == 11
     assert all("--dropout 0.2" in found["options"] for found in rows if found["model"] == "head")
 
 
@@ -190,7 +195,7 @@ def test_a_failure_ends_the_session_once_the_others_have_ended(fake, tmp_path, m
     output = tmp_path / "quality.json"
     assert quality.main(["--corpora", "sotu-era", "--output", str(output)]) == 5
     assert "error: sotu-era reberta fold 0 seed 0 learning_rate 0.0001: no" in capsys.readouterr().err
-    assert brief(json.loads(output.read_text(encoding="utf-8"))["rows"])[0] == "sotu-era reberta 0 0 5e-05"
+    assert brief(json.loads(output.read_text(encoding="utf-8"))["rows"])[0] == "sotu-era reberta 0 0 3e-05"
     assert len(fake) <= 2
 
 
@@ -231,7 +236,7 @@ def test_an_interrupt_ends_the_cells_and_keeps_those_that_had_ended(fake, proces
     waits = []
 
     def slow(cell: dict[str, Any], given: quality.Workshop) -> dict[str, Any]:
-        return measure(cell, given) if cell["learning_rate"] == 5e-5 else workshop.measure(cell)
+        return measure(cell, given) if cell["learning_rate"] == 3e-5 else workshop.measure(cell)
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
         waits.append(1)
@@ -245,7 +250,7 @@ def test_an_interrupt_ends_the_cells_and_keeps_those_that_had_ended(fake, proces
     monkeypatch.setattr(quality, "Workshop", lambda *_: workshop)
     output = tmp_path / "quality.json"
     assert quality.main(["--corpora", "sotu-era", "--models", "reberta", "--output", str(output)]) == 130
-    assert brief(json.loads(output.read_text(encoding="utf-8"))["rows"]) == ["sotu-era reberta 0 0 5e-05"]
+    assert brief(json.loads(output.read_text(encoding="utf-8"))["rows"]) == ["sotu-era reberta 0 0 3e-05"]
     assert [process.poll() for process in workshop._processes] == [-9]
     assert "stopped" in capsys.readouterr().err
 

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from benchmarks import quality_report
-from benchmarks.quality_statistics import chosen_rate, paired_bootstrap, paired_differences, right_by_fold
+from benchmarks.quality_statistics import (
+    chosen_rate,
+    paired_bootstrap,
+    paired_differences,
+    rates_to_try,
+    right_by_fold,
+)
 from tests.test_benchmarks_quality import row
 
 
@@ -65,6 +71,22 @@ def test_the_rate_is_chosen_by_validation_on_the_first_run_alone():
     assert chosen_rate(rows) == 2e-4
     rows[1]["validation_loss"] = 0.45
     assert chosen_rate(rows) == 1e-4  # the smaller one among equals
+
+
+def test_a_search_goes_on_where_its_best_is_the_last_and_ends_where_nothing_is_better():
+    grid = (3e-5, 1e-4, 3e-4)
+
+    def to_try(*losses: float) -> list[float | None]:
+        rates = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+        return rates_to_try(grid, [row("1", loss, learning_rate=r) for r, loss in zip(rates, losses, strict=False)])
+
+    assert to_try() == to_try(0.5) == to_try(0.5, 0.4) == to_try(0.5, 0.4, 0.4) == [*grid]
+    assert to_try(0.5, 0.4, 0.3) == to_try(0.5, 0.4, 0.3, 0.3) == to_try(0.5, 0.4, 0.3, 0.4) == [*grid, 1e-3]
+    assert to_try(0.5, 0.4, 0.3, 0.2) == [*grid, 1e-3, 3e-3]
+    assert to_try(0.2, 0.3, 0.4) == [1e-5, *grid]
+    assert to_try(0.2, 0.2, 0.4) == [*grid]  # both keep the same probe
+    assert rates_to_try((1e-3,), [row("1", learning_rate=1e-3)]) == [1e-3]  # no search
+    assert rates_to_try((None,), []) == [None]
 
 
 def content_of(rows: list[dict[str, Any]], **runs: int) -> dict[str, Any]:
@@ -133,16 +155,16 @@ def test_page_of_whole_and_partial_models():
     rows = [row(right, corpus=c, fold=fold) for c in ("sotu-era", "brown-15") for fold, right in ((0, "11"), (1, "10"))]
     rows += [
         row("10", model="mean", options="--epochs 8 --model_type mean"),
-        row("10", 0.9, model="mean", learning_rate=5e-5),
+        row("10", 0.9, model="mean", learning_rate=3e-4),
         row("10", 0.8, model="mean", learning_rate=3e-5),
     ]
-    rows += [row("11", model="mean", learning_rate=5e-5, fold=1)]  # of a rate that was chosen before
+    rows += [row("11", model="mean", learning_rate=3e-4, fold=1)]  # of a rate that was chosen before
     text = page_of(rows)
     assert "| reberta | 0.750 ± 0.354 | 0.750 ± 0.354 | 0.750 |" in text
     assert "| mean | 0.500 (1 of 2) |  |  |" in text
     assert "| mean | +0.500 (2 documents) |  |  |  |  |  |" in text
-    assert "| sotu-era | mean | 0.0001 | 0.500 | 0.600 | 3 | 0.500 | yes, the last of its grid |" in text
-    assert "| sotu-era | mean | 5e-05 | 0.900 |" in text
+    assert "| sotu-era | mean | 0.0001 | 0.500 | 0.600 | 3 | 0.500 | yes |" in text
+    assert "| sotu-era | mean | 0.0003 | 0.900 | 0.600 | 3 | 0.500 |  |" in text
     assert "best baseline" not in text
     assert text.index("| reberta | 0.750") < text.index("| mean | 0.500")
     assert "| mean | `--model_type mean` |" in text
