@@ -19,7 +19,7 @@ from sklearn.svm import LinearSVC
 
 from benchmarks.corpora import SPLITS, Document
 
-C_GRID = (1, 3, 0.3, 10, 0.1, 30)
+C_GRID = (1, 3, 0.3, 10, 0.1, 30, 100)
 FOLDS = 5
 OPTIONS = {
     "features": "words, sublinear tf, idf, length 1",

@@ -49,7 +49,7 @@ def test_figures_of_a_corpus_that_is_decided_late(folder, capsys):
     main(arguments)
     table = capsys.readouterr().out
     content = json.loads(output.read_text(encoding="utf-8"))
-    assert content["options"]["C"] == [1, 3, 0.3, 10, 0.1, 30]
+    assert content["options"]["C"] == [1, 3, 0.3, 10, 0.1, 30, 100]
     assert [(row["corpus"], row["fold"], row["words"]) for row in content["rows"]] == [
         ("sotu-era", fold, words) for fold in ("fold-0", "fold-1") for words in ("20", "whole")
     ]
