@@ -44,7 +44,7 @@ from benchmarks import common, corpora, quality_report, report, synthetic_suite
 from benchmarks import quality_protocol as protocol
 from benchmarks.corpora import LONG, SPLITS, Document, load_split
 from benchmarks.quality_protocol import Study
-from benchmarks.quality_statistics import chosen_rate, rates_to_try, select
+from benchmarks.quality_statistics import chosen_rate, select
 from benchmarks.tfidf_svm import fit
 from utils import ReBertaError, TrainingError, logger, setup_logging, write_text
 
@@ -66,11 +66,10 @@ def cells(group: Sequence[Study], rows: Sequence[Row]) -> list[Cell]:
     """
     found, later = [], []
     for study in group:
-        of_study = select(rows, **study.identity)
-        tuning = study.tuning(rates_to_try(study.grid, of_study))
+        tuning = study.tuning(rows)
         found += tuning
         if all(has_row(cell, rows) for cell in tuning):
-            later.append(study.others(chosen_rate(of_study)))
+            later.append(study.others(chosen_rate(select(rows, **study.identity))))
     turns = max(map(len, later), default=0)
     return found + [others[turn] for turn in range(turns) for others in later if turn < len(others)]
 
@@ -232,9 +231,7 @@ def name_of(cell: Cell) -> str:
 def left(groups: Sequence[Sequence[Study]], rows: Sequence[Row]) -> int:
     """How many cells have no row yet, of as many as can be told so far."""
     done = sum(has_row(cell, rows) for group in groups for cell in cells(group, rows))
-    studies = chain.from_iterable(groups)
-    rates = {s: len(rates_to_try(s.grid, select(rows, **s.identity))) for s in studies}
-    return sum(count - 1 + len(study.runs) for study, count in rates.items()) - done
+    return sum(len(study.tuning(rows)) + len(study.runs) - 1 for group in groups for study in group) - done
 
 
 def run(groups: Sequence[Sequence[Study]], results: common.Results, workshop: Workshop, jobs: int) -> None:

@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks import synthetic_suite
+from benchmarks.quality_statistics import rates_to_try, select
+from benchmarks.report_tables import Row
 from benchmarks.tfidf_svm import OPTIONS as LINEAR_OPTIONS
 from utils import ConfigError
 
@@ -54,8 +56,6 @@ COMMON: Options = {
 }
 LRS = (3e-5, 1e-4, 3e-4)
 LRS_FROM_SCRATCH = (3e-4, 1e-3, 3e-3)
-WINDOW_SIZE = 128
-ALL_WINDOWS = 80  # of WINDOW_SIZE tokens, which validation and test read at most
 
 FOLDS = tuple((fold, 0) for fold in range(5))
 SEEDS = tuple((0, seed) for seed in range(3))
@@ -64,8 +64,8 @@ SEEDS = tuple((0, seed) for seed in range(3))
 SOME_WINDOWS: Options = {
     "epochs": 8,
     "probe_epochs": 4,
-    "window_size": WINDOW_SIZE,
-    "max_windows": ALL_WINDOWS,
+    "window_size": 128,
+    "max_windows": 80,
     "train_windows": 8,
     "window_loss": 1,
     "memory_level": 0,
@@ -197,9 +197,9 @@ class Study(NamedTuple):
     def cell(self, run: tuple[int, int], rate: float | None) -> dict[str, Any]:
         return {**self.identity, "fold": run[0], "seed": run[1], "learning_rate": rate, **self.how}
 
-    def tuning(self, rates: Sequence[float | None]) -> list[dict[str, Any]]:
-        """The cells in which the learning rate is looked for."""
-        return [self.cell(self.runs[0], rate) for rate in rates]
+    def tuning(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        """The cells in which the learning rate is looked for, as far as these rows tell."""
+        return [self.cell(self.runs[0], rate) for rate in rates_to_try(self.grid, select(rows, **self.identity))]
 
     def others(self, rate: float | None) -> list[dict[str, Any]]:
         """The cells that follow once it is known."""

@@ -364,21 +364,18 @@ def named(key: Key) -> str:
 
 
 def synthetic(page: Page) -> str:
-    """Accuracy by distance, a table a task."""
-    parts = distance_tables(page, page.of(SYNTHETIC))
-    return "\n\n".join(["## Synthetic tasks", "Accuracy by distance in windows.", *parts]) if parts else ""
+    return by_distance(page, "Synthetic tasks", page.of(SYNTHETIC))
 
 
 def ablations(page: Page) -> str:
-    """Accuracy by distance of ReBerta with other options, below those that stand among the synthetic tasks."""
+    """ReBerta with other options, below those that stand among the synthetic tasks."""
     keys = page.of(ABLATIONS)
     tasks = unique_in(keys, 1)
-    parts = distance_tables(page, [*(k for k in page.of(SYNTHETIC) if k[1] in tasks and k[2] == OURS), *keys])
-    return "\n\n".join(["## Ablations", "Accuracy by distance in windows.", *parts]) if parts else ""
+    return by_distance(page, "Ablations", [*(k for k in page.of(SYNTHETIC) if k[1] in tasks and k[2] == OURS), *keys])
 
 
-def distance_tables(page: Page, keys: Sequence[Key]) -> list[str]:
-    """A table a task."""
+def by_distance(page: Page, title: str, keys: Sequence[Key]) -> str:
+    """Accuracy by distance, a table a task."""
     parts = []
     for task in unique_in(keys, 1):
         of_task = [key for key in keys if key[1] == task]
@@ -390,7 +387,7 @@ def distance_tables(page: Page, keys: Sequence[Key]) -> list[str]:
             lines.append([named(key), page.runs(key), *cells, page.score(key)])
         header = [task, "runs", *(f"distance {distance}" for distance in distances), "all"]
         parts.append(markdown_table(header, lines, left=1))
-    return parts
+    return "\n\n".join([f"## {title}", "Accuracy by distance in windows.", *parts]) if parts else ""
 
 
 def commands(page: Page) -> str:

@@ -13,14 +13,13 @@ from typing import NamedTuple
 import sklearn
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.metrics import accuracy_score
-from sklearn.model_selection import KFold, cross_val_predict
-from sklearn.pipeline import make_pipeline
+from sklearn.model_selection import KFold
 from sklearn.svm import LinearSVC
 
 from benchmarks.corpora import SPLITS, Document
+from engine.linear_probe import FOLDS
 
 C_GRID = (1, 3, 0.3, 10, 0.1, 30, 100)
-FOLDS = 5
 OPTIONS = {
     "features": "words, sublinear tf, idf, length 1",
     "C": list(C_GRID),
@@ -42,16 +41,24 @@ def fit(fold: dict[str, list[Document]], words: int | None) -> Fitted:
     train, validation, test = (
         [" ".join(document["text"].split()[:words]) for document in fold[part]] for part in SPLITS
     )
-    known, parts = labels(fold["train"]), KFold(FOLDS, shuffle=True, random_state=0)
-    machines, scores = {}, {}
-    for c in C_GRID:
-        machine = make_pipeline(TfidfVectorizer(sublinear_tf=True), LinearSVC(C=c, random_state=0))
-        held_out = [*cross_val_predict(machine, train, known, cv=parts)]
-        machines[c] = machine.fit(train, known)
-        held_out += [*machines[c].predict(validation)]
-        scores[c] = accuracy_score([*known, *labels(fold["validation"])], held_out)
+    known = labels(fold["train"])
+    said = predict(train, known, [*validation, *test])
+    held_out = {c: said[c][: len(validation)] for c in C_GRID}
+    truth = labels(fold["validation"])
+    for inside, outside in KFold(FOLDS, shuffle=True, random_state=0).split(train):
+        found = predict([train[i] for i in inside], [known[i] for i in inside], [train[i] for i in outside])
+        held_out = {c: held_out[c] + found[c] for c in C_GRID}
+        truth += [known[i] for i in outside]
+    scores = {c: accuracy_score(truth, held_out[c]) for c in C_GRID}
     best = max(C_GRID, key=scores.__getitem__)
-    return Fitted(best, scores[best], machines[best].predict(test).tolist())
+    return Fitted(best, scores[best], said[best][len(validation) :])
+
+
+def predict(texts: Sequence[str], known: Sequence[str], asked: Sequence[str]) -> dict[float, list[str]]:
+    """For each C, the labels of `asked` after training on `texts`."""
+    vectorizer = TfidfVectorizer(sublinear_tf=True)
+    features, wanted = vectorizer.fit_transform(texts), vectorizer.transform(asked)
+    return {c: LinearSVC(C=c, random_state=0).fit(features, known).predict(wanted).tolist() for c in C_GRID}
 
 
 def labels(documents: Sequence[Document]) -> list[str]:

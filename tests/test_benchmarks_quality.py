@@ -58,14 +58,10 @@ def test_every_study_has_options_that_the_command_line_takes():
 @pytest.mark.parametrize("name", protocol.VARIANTS)
 def test_a_variant_reads_as_much_of_a_document(name):
     """As many tokens as without it, in windows of another size or overlap, too."""
-
-    def room(study: protocol.Study) -> int:
-        settings = parse_settings(["--mode", "train", *study.options.split()])
-        stride = settings.window_size - SPECIALS - settings.window_overlap
-        return settings.window_overlap + settings.max_windows * stride
-
+    settings = parse_settings(["--mode", "train", *protocol.ablation_study(name).options.split()])
+    stride = settings.window_size - SPECIALS - settings.window_overlap
     longest = 2 * max(synthetic_suite.DISTANCES) * (synthetic_suite.WINDOW_SIZE - SPECIALS)
-    assert room(protocol.ablation_study(name)) >= longest
+    assert settings.window_overlap + settings.max_windows * stride >= longest
 
 
 @pytest.fixture
@@ -273,8 +269,6 @@ def test_a_real_cell_of_a_tiny_model(small, encoder_folder, tmp_path, monkeypatc
     (tmp_path / "corpora" / "sotu-era").mkdir(parents=True)
     write_fold(tmp_path / "corpora" / "sotu-era" / "fold-0", fold)
     monkeypatch.setattr(protocol, "ENCODER", str(encoder_folder))
-    monkeypatch.setattr(protocol, "WINDOW_SIZE", 12)
-    monkeypatch.setattr(protocol, "ALL_WINDOWS", 5)
     monkeypatch.setitem(protocol.CORPORA, "sotu-era", protocol.Corpus("sotu-era", ((0, 0),), OPTIONS))
     monkeypatch.setitem(protocol.MODELS, "reberta", protocol.MODELS["reberta"]._replace(grid=(1e-3,)))
     monkeypatch.setattr(quality.tempfile, "tempdir", str(tmp_path / "scratch"))
