@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .aggregation import AGGREGATIONS
-from .encoder import is_bert_shaped, max_window_size
+from .encoder import READS_PADDING, is_bert_shaped, max_window_size
 from .pipeline import CUSTOM_PIPELINES
 
 try:  # absent where transformers runs a copy of this file that it found beside saved weights
@@ -62,6 +62,8 @@ class ReBertaConfig(PreTrainedConfig):
         """Raises ConfigError with all that this encoder cannot do."""
         positions = max_window_size(encoder)
         faults = []
+        if encoder.config.model_type in READS_PADDING:
+            faults.append(f"what a {encoder.config.model_type!r} reads depends on padding; use another encoder")
         if not 4 <= self.window_size <= positions:
             faults.append(f"window_size is {self.window_size}; this encoder takes windows of 4 to {positions} tokens")
         if not 0 <= self.window_overlap < self.window_size - 2:

@@ -39,6 +39,8 @@ from .linear import CastWeights, Linear, cast_weights_in_use, using
 ATTENTION = "reberta"
 ROTARY = "reberta_rotary"
 ROTARY_BASE = 10_000.0
+BERT_SHAPED = ("bert", "camembert", "data2vec-text", "electra", "ernie", "roberta", "xlm-roberta")  # `model_type`
+READS_PADDING = ("convbert", "mobilebert", "yoso")  # in transformers, whatever the mask says
 # as BERT, DistilBERT and ModernBERT call them
 HIDDEN_DROPOUT = ("hidden_dropout_prob", "dropout", "embedding_dropout", "mlp_dropout")
 ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")
@@ -71,7 +73,8 @@ def load_encoder(
             if hasattr(config, name):
                 setattr(config, name, p)
     options: dict[str, Any] = {"add_pooling_layer": False} if _has_pooler_option(config) else {}
-    options["attn_implementation"] = ATTENTION
+    # some have no other attention than their own, which takes another kind of mask than SDPA does
+    options["attn_implementation"] = ATTENTION if _class_of(config)._supports_sdpa else "eager"
     if pretrained and not isinstance(encoder, PreTrainedConfig):
         options |= {"use_safetensors": True, "trust_remote_code": False}
         model = AutoModel.from_pretrained(encoder, config=config, dtype=torch.float32, **options)
@@ -86,8 +89,11 @@ def load_encoder(
 
 
 def _has_pooler_option(config: PreTrainedConfig) -> bool:
-    code = AutoModel._model_mapping[type(config)].__init__.__code__
-    return "add_pooling_layer" in code.co_varnames
+    return "add_pooling_layer" in _class_of(config).__init__.__code__.co_varnames
+
+
+def _class_of(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    return AutoModel._model_mapping[type(config)]
 
 
 def max_window_size(encoder: PreTrainedModel) -> int:
@@ -207,10 +213,8 @@ class _RandomStateAsBefore:
 
 
 def is_bert_shaped(encoder: PreTrainedModel) -> bool:
-    """Whether layers and attention are made as those of BERT and RoBERTa are."""
-    layers = getattr(getattr(encoder, "encoder", None), "layer", None)
-    attention = getattr(layers[0], "attention", None) if layers else None
-    of_bert = all(hasattr(getattr(attention, "self", None), part) for part in ("query", "key", "value", "scaling"))
+    """Whether `_read_layer` computes what its layers do. Others that name their parts alike put norms elsewhere."""
+    of_bert = encoder.config.model_type in BERT_SHAPED
     return of_bert and not hasattr(encoder, "embeddings_project")  # ELECTRA's, where they are narrower than states
 
 
@@ -289,7 +293,8 @@ def _attention(
     scores = torch.baddbmm(query.new_empty(1, 1, 1), queries, keys.transpose(1, 2), beta=0, alpha=scaling)
     scores_BHWW = scores.unflatten(0, query.shape[:2])
     if attention_mask is not None:
-        scores_BHWW = scores_BHWW.masked_fill(~attention_mask, -torch.inf)
+        # not by -inf: padding far behind a short text sees nothing in ModernBERT's local attention, and would be NaN
+        scores_BHWW = scores_BHWW.masked_fill(~attention_mask, torch.finfo(scores_BHWW.dtype).min)
     weights_BHWW = nn.functional.dropout(scores_BHWW.softmax(-1), dropout)
     return (weights_BHWW @ value).transpose(1, 2), None
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +53,7 @@ from .encoder import (
     use_rotary_positions,
 )
 from .linear import cast_weights, using
+from .output import INITIALIZER_RANGE, HiddenStates, ReBertaOutput
 
 try:  # absent where transformers runs a copy of this file that it found beside saved weights
     from pretrained import find_encoder
@@ -60,33 +61,7 @@ try:  # absent where transformers runs a copy of this file that it found beside 
 except ImportError:
     ConfigError, find_encoder = ValueError, str  # type: ignore[misc, assignment]
 
-INITIALIZER_RANGE = 0.02
 KEEP_BIAS = 2.2  # sigmoid(2.2) = 0.9: what a fresh gated memory keeps at each window
-
-
-class HiddenStates(NamedTuple):
-    """What the last repeat knew, and how much of what was read before it let in."""
-
-    window_states: Tensor
-    """[B, N, D]; zero where a window does not exist."""
-    document_state: Tensor
-    """[B, D]"""
-    window_gates: Tensor
-    """[R, B, N]: mean weight with which what was read before entered; 0 where nothing could enter."""
-    global_gates: Tensor
-    """[R, B]: the same for the document state of the repeat before."""
-    window_failures: Tensor
-    """[B, N] bool: windows whose state was not finite and was replaced by the one before it."""
-    window_logits: Tensor | None = None
-    """[B, N, C]: what the head makes of each window's state alone; None but in training with `window_loss`."""
-
-
-class ReBertaOutput(NamedTuple):
-    """`logits, hidden_states = model(...)`"""
-
-    logits: Tensor
-    """[B, C]; not a number for a document of which no window could be read."""
-    hidden_states: HiddenStates
 
 
 def _norm_of_states(size: int, width: int) -> nn.Module:

@@ -18,8 +18,8 @@ from transformers import initialization as init
 from .aggregation import masked_mean, sinusoids, transformer_layer
 from .configuration import ConfigError
 from .encoder import Dropout, recomputed
+from .output import INITIALIZER_RANGE, HiddenStates, ReBertaOutput
 from .pipeline import CUSTOM_PIPELINES
-from .reberta import INITIALIZER_RANGE, HiddenStates, ReBertaOutput
 
 
 class TransformerConfig(PreTrainedConfig):

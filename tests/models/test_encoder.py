@@ -3,13 +3,13 @@
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModel
+from transformers import AutoModel, ModernBertConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from models.encoder import Dropout, load_encoder, token_lookup
 from models.quantization import quantize_int8
 from models.reberta import RecurrentRoBERTa
-from tests.conftest import tiny_encoder
+from tests.conftest import PAD, SHAPE, tiny_encoder
 from tests.models.conftest import build, documents
 from tests.models.twin import twin_logits
 
@@ -136,6 +136,25 @@ def test_bf16_with_repeats_of_gru_is_nearer_than_the_twin_in_bf16():
             errors[name] += relative(gradients(model), wanted) / 5
     assert errors["ours"] < errors["twin"]
     assert errors["ours"] < 6e-2
+
+
+def test_bf16_where_padding_sees_nothing_in_local_attention():
+    """ModernBERT looks 2 tokens far here, and 9 of a window of 16 are padding."""
+    config = ModernBertConfig(
+        initializer_range=0.1, max_position_embeddings=64, local_attention=4, pad_token_id=PAD, **SHAPE
+    )
+    model = build(config, window_size=16)
+    batch = batch_of([[16, 7], [16, 16]])
+    expected = twin_logits(model, **batch)
+    expected.square().sum().backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(**batch)
+    assert not output.hidden_states.window_failures.any()
+    output.logits.float().square().sum().backward()
+    assert relative(output.logits, expected) < 2e-2
+    assert relative(gradients(model), wanted) < 2e-2
 
 
 def test_bf16_attention_drops_weights_where_asked():

@@ -8,14 +8,22 @@ from transformers import (
     AlbertConfig,
     AutoModel,
     CamembertConfig,
+    Data2VecTextConfig,
     DistilBertConfig,
     ElectraConfig,
+    ErnieConfig,
+    MegatronBertConfig,
+    MobileBertConfig,
     ModernBertConfig,
+    MPNetConfig,
+    RobertaPreLayerNormConfig,
     XLMRobertaConfig,
+    XLMRobertaXLConfig,
 )
 
 import pretrained
-from models.reberta import HiddenStates, RecurrentRoBERTa
+from models.output import HiddenStates
+from models.reberta import RecurrentRoBERTa
 from tests.conftest import CLS, PAD, SHAPE, VOCABULARY, WIDTH, tiny_encoder, word_tokenizer
 from tests.models.conftest import build, documents
 from tests.models.twin import twin_logits
@@ -327,6 +335,14 @@ def test_rotary_attention_scores_depend_on_distance_alone():
         (AlbertConfig, {"max_position_embeddings": 64, "embedding_size": 8, "pad_token_id": PAD}, 64),
         (DistilBertConfig, {"max_position_embeddings": 64}, 64),
         (ModernBertConfig, {"max_position_embeddings": 64, "pad_token_id": PAD, "local_attention": 8}, 64),
+        (ErnieConfig, {"max_position_embeddings": 64, "pad_token_id": PAD}, 64),
+        (Data2VecTextConfig, {"max_position_embeddings": 66, "pad_token_id": PAD}, 64),
+        # with an attention of their own
+        (MPNetConfig, {"max_position_embeddings": 66, "pad_token_id": PAD}, 64),
+        (MegatronBertConfig, {"max_position_embeddings": 64, "pad_token_id": PAD}, 64),
+        # whose norms stand before
+        (RobertaPreLayerNormConfig, {"max_position_embeddings": 66, "pad_token_id": PAD}, 64),
+        (XLMRobertaXLConfig, {"max_position_embeddings": 66, "pad_token_id": PAD}, 64),
     ],
 )
 def test_other_encoders_equal_the_slow_twin(kind, changes, positions):
@@ -335,6 +351,11 @@ def test_other_encoders_equal_the_slow_twin(kind, changes, positions):
     assert model.positions == positions
     torch.testing.assert_close(model(**batch).logits, twin_logits(model, **batch), atol=1e-5, rtol=0)
     _assert_same_gradients(model, batch)
+
+
+def test_encoders_that_read_padding_are_refused():
+    with pytest.raises(ConfigError, match="what a 'mobilebert' reads depends on padding; use another encoder"):
+        build(MobileBertConfig(embedding_size=WIDTH, **SHAPE))
 
 
 def test_narrow_word_embeddings():
