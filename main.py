@@ -20,10 +20,11 @@ from typing import Any
 
 from command_line import parse_settings
 from config import DEFAULT_TEST_PATH, Settings
-from processes import leave_processes, stop_at_once
+from processes import leave_processes, said_once, stop_at_once
 from utils import (
     ConfigError,
     ReBertaError,
+    StoppedError,
     clean_gpu_memory,
     expected_error,
     is_main_process,
@@ -68,6 +69,9 @@ def dispatch(settings: Settings) -> None:
         if settings.mode == "train_and_evaluate":
             from evaluate import evaluate
 
+            if trained.signal:
+                message = f"training is finished and saved, {trained.run_folder}; the test set was not evaluated"
+                raise said_once(StoppedError(message, trained.signal))
             clean_gpu_memory()  # of the trainer and its optimizer
             of_best_model = {
                 "model_path": str(trained.best_model / "model.pt"),

@@ -75,6 +75,8 @@ class Trained(NamedTuple):
     best_model: Path
     run_folder: Path
     best_metric: float
+    signal: int | None = None
+    """SIGTERM or SIGINT, where one came too late to stop the run."""
 
 
 def train(settings: Settings) -> Trained:
@@ -101,6 +103,11 @@ def fit(settings: Settings, *, epochs: int | None = None, steps: int | None = No
             trainer = build_trainer(settings, data, run, model, device, resume_from, epochs=epochs, steps=steps)
         if resume_from is not None and trainer.is_at_end(resume_from):
             logger.info("the run is at its end already: %s", resume_from)
+            if not run.best_model.is_dir():
+                raise ConfigError(
+                    f"--resume {resume_from}: its run is at its end, and {run.best_model} holds no model; "
+                    "go on in that run's own folder, or from an earlier checkpoint"
+                )
         else:
             if settings.max_memory is not None:
                 plan_memory(trainer)
@@ -110,7 +117,7 @@ def fit(settings: Settings, *, epochs: int | None = None, steps: int | None = No
     logger.info("best %s: %.4f", settings.metric_for_best, trainer.state.best_metric)
     logger.info("run folder: %s", run.folder)
     logger.info("best model: %s", run.best_model)
-    return Trained(run.best_model, run.folder, trainer.state.best_metric)
+    return Trained(run.best_model, run.folder, trainer.state.best_metric, trainer.signals.received)
 
 
 @error_handler(error_type=DataError)

@@ -216,11 +216,16 @@ def _refuse_other_settings(option: str, folder: Path, settings: Settings) -> Non
 
 
 def _refuse_to_replace_another_model(run: RunFolder) -> None:
-    """Run folders of one name in two places would have their best models in one."""
+    """Run folders of one name in two places would have their best models in one; and what else lies there stays."""
     owner = _read_json(run.best_model / SETTINGS_FILE).get("output_dir")
     if owner is not None and Path(owner).resolve() != run.folder.resolve():
         raise ConfigError(
             f"--output_dir {run.folder}: {run.best_model} holds the best model of the run in {owner}; give another name"
+        )
+    if _holds_files(run.best_model) and not (run.folder / SETTINGS_FILE).is_file():
+        raise ConfigError(
+            f"--output_dir {run.folder}: {run.best_model}, where the best model of this run would lie, is not empty; "
+            "give another name, or move that folder away"
         )
 
 

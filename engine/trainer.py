@@ -1,7 +1,8 @@
 """The engine: one transformers Trainer subclass and its callbacks.
 
 - batches from `LongTextBatchSampler`; an update's documents are the same however they are cut into micro-batches
-- a loss that is not finite, or too many failed windows, ends the run before the update, and names the documents
+- a loss or a gradient that is not finite, or too many failed windows, ends the run before the update, and names the
+  documents where it is theirs
 - a moving average of the weights (`--ema_decay`) is what is evaluated and saved
 - the best model goes to `models/saved/<run>/`, everything else to the run folder
 - SIGTERM and Ctrl-C save the step that is at work
@@ -58,11 +59,15 @@ class Data(NamedTuple):
 
 
 class Watch:
-    """Looks at each update before it is made: every logit finite, few enough failed windows, in all processes.
+    """Looks at each update before it is made: every logit and gradient finite, few enough failed windows, in all
+    processes.
 
     A GPU is waited for then, once an update is computed. `budget` is the number of windows of an epoch, or of a shorter
     run, that may fail.
     """
+
+    gradient_norm: float | Tensor = 0.0
+    """Of the update that is at work; not looked at where a GradScaler sees to it."""
 
     def __init__(self, ids: Sequence[str], budget: float) -> None:
         self.ids, self.budget = ids, budget
@@ -101,6 +106,12 @@ class Watch:
                 "Try a lower --learning_rate, --mixed_precision_type bf16 or full precision"
             )
             raise said_once(TrainingError(message))
+        if not math.isfinite(self.gradient_norm):
+            message = (
+                f"step {step}: the loss is finite but its gradient is not, so the update was not made. "
+                "Try --mixed_precision False, a lower --learning_rate or another encoder"
+            )
+            raise said_once(TrainingError(message))
         if self.failed_windows > self.budget:
             message = f"step {step}: {self.failed_windows} windows of this epoch failed, over --max_window_failures"
             raise said_once(TrainingError(f"{message} of them"))
@@ -113,6 +124,7 @@ class ReBertaTrainer(PiecewiseTrainer):
         self.settings, self.data, self.run, self.objective = settings, data, run, objective
         self.ema: AveragedModel | None = None
         self.probe_losses_n: Tensor | None = None
+        self.beats_the_probe = True
         self.signals = StopSignals()
         self.watch = Watch(data.train.ids, settings.max_window_failures * float(data.train.window_counts.sum()))
         super().__init__(
@@ -198,6 +210,12 @@ class ReBertaTrainer(PiecewiseTrainer):
         self.watch.add(index_B, outputs, loss)
         return (loss, outputs) if return_outputs else loss
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not self.args.fp16:  # there a step that overflows is skipped
+            self.watch.gradient_norm = norm
+        return norm
+
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -224,27 +242,33 @@ class ReBertaTrainer(PiecewiseTrainer):
         values = {"loss": float(loss), **{name: report[name] for name in ("log_loss", "accuracy", "f1_macro")}}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         self.log(dict(metrics))
-        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._losses_n = torch.from_numpy(log_losses(scores, prediction.labels))
+        self.beats_the_probe = self.probe_losses_n is None or self._clearly_better_than(self.probe_losses_n)
+        # early stopping is to count as a gain only what may become the best model
+        seen = metrics if self.beats_the_probe else {**metrics, f"{metric_key_prefix}_log_loss": math.inf}
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, seen)
         if self.state.global_step == 0:  # Trainer chooses among the evaluations that follow
             self._determine_best_metric(metrics, trial=None)
             if self.settings.metric_for_best == "log_loss":
                 self.probe_losses_n = self._losses_n
         return metrics
 
+    def _clearly_better_than(self, losses_n: Tensor) -> bool:
+        """A simple model, that has seen no gradient, needs a reason to be left."""
+        gains_n = losses_n - self._losses_n
+        gain, error = float(gains_n.mean()), float(gains_n.std()) / math.sqrt(len(gains_n))
+        if gain > error:
+            return True
+        logger.info("not clearly better than the probe: log loss lower by %.4f, standard error %.4f", gain, error)
+        return False
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
-        if self.probe_losses_n is not None:  # a simple model, that has seen no gradient, needs a reason to be left
-            gains_n = self.probe_losses_n - self._losses_n
-            gain, error = float(gains_n.mean()), float(gains_n.std()) / math.sqrt(len(gains_n))
-            if gain <= error:
-                logger.info(
-                    "not clearly better than the probe: log loss lower by %.4f, standard error %.4f", gain, error
-                )
-                return False
+        if not self.beats_the_probe:
+            return False
         is_best = super()._determine_best_metric(metrics, trial)
         if is_best and self.args.should_save:
             model: Any = self.evaluated_model
-            settings = self.settings.model_dump(mode="json")
+            settings = {**self.settings.model_dump(mode="json"), "output_dir": str(self.run.folder)}
             save_checkpoint(model, self.data.tokenizer, settings, self.run.best_model, self.data.training_texts)
         return is_best
 
@@ -298,12 +322,15 @@ class EngineCallback(TrainerCallback):
         self.trainer, self.resume_from = trainer, resume_from
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        settings = self.trainer.settings
+        settings, run = self.trainer.settings, self.trainer.run
         epochs = state.max_steps * args.gradient_accumulation_steps / len(self.trainer.train_sampler)
         self.trainer.watch.budget *= min(1.0, epochs)  # of a run that ends before its first epoch does
         if self.resume_from is not None and (watch := Path(self.resume_from) / WATCH_FILE).is_file():
             self.trainer.watch.load(watch)  # checkpoints of before it have none
-        if self.resume_from is not None and settings.probe_epochs and settings.metric_for_best == "log_loss":
+        elsewhere = self.resume_from is not None and Path(self.resume_from).parent.resolve() != run.folder.resolve()
+        if elsewhere:  # where the best model so far lies there, too: here it is chosen from what follows
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        elif self.resume_from is not None and settings.probe_epochs and settings.metric_for_best == "log_loss":
             self.trainer.probe_losses_n = load_file(Path(self.resume_from) / PROBE_FILE)["losses"]
         decay = settings.ema_decay
         if decay is None:

@@ -95,7 +95,7 @@ def save_checkpoint(
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     prefix = f"{TEMPORARY}{folder.name}."
-    for left_by_a_kill in folder.parent.glob(f"{glob.escape(prefix)}*"):
+    for left_by_a_kill in folder.parent.glob(f"{glob.escape(prefix)}????????"):  # not those of NAME.2
         shutil.rmtree(left_by_a_kill)
     with writing_to(folder), tempfile.TemporaryDirectory(dir=folder.parent, prefix=prefix) as scratch:
         fresh = Path(scratch) / "new"

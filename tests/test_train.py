@@ -21,7 +21,7 @@ from transformers import set_seed
 from command_line import parse_settings
 from data_utils.dataset import LongTextBatchSampler, LongTextDataset, collate, load_tokenizer
 from engine.objective import Objective
-from engine.trainer import MetricsCallback
+from engine.trainer import MetricsCallback, ReBertaTrainer
 from models.checkpoint import load_model_and_config
 from models.reberta import RecurrentRoBERTa
 from models.registry import build_model
@@ -241,6 +241,14 @@ def test_early_stopping(run):
     assert len(evaluations) == 3
 
 
+def test_early_stopping_counts_no_gain_that_leaves_the_probe_the_best(run, monkeypatch):
+    monkeypatch.setattr(ReBertaTrainer, "_clearly_better_than", lambda trainer, losses_n: False)
+    trained = run("--epochs 30 --early_stopping_patience 2 --metric_for_best log_loss --probe_epochs 1")
+    evaluations = [row["eval_log_loss"] for row in rows(trained) if "eval_log_loss" in row]
+    assert len(evaluations) == 3
+    assert min(evaluations[1:]) < evaluations[0] == trained.best_metric
+
+
 def test_eval_every_counts_optimizer_steps(run):
     trained = run("--eval_every 5 --save_total_limit 9 --gradient_accumulation_steps 1")
     assert [row["step"] for row in rows(trained) if "eval_loss" in row] == [5, 10, 12]
@@ -416,6 +424,19 @@ def test_a_loss_that_is_not_finite_raises_before_the_update(run, encoder_folder,
     with pytest.raises(TrainingError, match=r"step \d+: the loss is not finite.*documents: train-3\."):
         run(f"--model_path {encoder}")
     assert not list(Path("logs/run").glob("checkpoint-*"))
+
+
+def test_a_gradient_that_is_not_finite_raises_before_the_update(run, monkeypatch):
+    def build(*arguments):
+        model = build_model(*arguments)
+        model.pooler.weight.register_hook(lambda gradient: gradient * math.nan)
+        return model
+
+    monkeypatch.setattr("train.build_model", build)
+    with pytest.raises(TrainingError, match="step 1: the loss is finite but its gradient is not"):
+        run("--gradient_clip_val 0")
+    with pytest.raises(TrainingError, match="step 1: the loss is finite but its gradient is not"):
+        run("--gradient_clip_val 1", "clipped")
 
 
 def test_too_many_failed_windows_end_the_run_and_a_few_are_named(run, encoder_folder, tmp_path):

@@ -165,6 +165,11 @@ def test_going_back_to_a_named_checkpoint(start):
     assert_same_end(run, reference)
     other = start(f"{flags} --resume logs/reference/checkpoint-4", "other")
     assert_same_end(other, reference)
+    evaluated = {row["step"]: row["eval_accuracy"] for row in rows(other) if "eval_accuracy" in row}
+    assert json.loads((other / "status.json").read_text())["best_step"] == max((6, 8), key=evaluated.__getitem__)
+    assert (Path("models/saved/other") / "model.pt").is_file()
+    with pytest.raises(ConfigError, match=r"checkpoint-8: its run is at its end, and models/saved/fourth holds no"):
+        start(f"{flags} --resume logs/reference/checkpoint-8", "fourth")
     with pytest.raises(ConfigError, match=r"--resume logs/run/checkpoint-4: holds .*--learning_rate was 0\.001"):
         start(f"{flags} --resume logs/run/checkpoint-4 --learning_rate 0.5", "third")
 
@@ -201,11 +206,27 @@ def test_run_folders_of_one_name_do_not_share_a_best_model(start):
     Path("elsewhere").mkdir()
     with pytest.raises(ConfigError, match=r"models/saved/run holds the best model of the run in logs/run"):
         start(flags, "../elsewhere/run")
-    shutil.rmtree("logs/run")
-    stale = Path("models/saved/.writing.run.abc")
+
+
+def test_what_lies_where_the_best_model_would_is_kept(start):
+    flags = "--mode train_steps --total_steps 2 --eval_every 2"
+    run = start(flags)
+    shutil.rmtree(run)
+    stale, of_another = Path("models/saved/.writing.run.a1b2c3d4"), Path("models/saved/.writing.run.2.a1b2c3d4")
     stale.mkdir()
+    of_another.mkdir()
+    with pytest.raises(ConfigError, match=r"models/saved/run, where the best model of this .* is not empty"):
+        start(flags)
+    shutil.move("models/saved/run", "moved")
     start(flags)
     assert not stale.exists()
+    assert of_another.exists()
+
+
+def test_a_run_of_a_made_up_folder_owns_its_best_model(start):
+    run = start("--mode train_steps --total_steps 2 --eval_every 2 --output_dir none")
+    saved = Path("models/saved") / run.name
+    assert json.loads((saved / "settings.json").read_text())["output_dir"] == str(run)
 
 
 def test_status_tells_why_a_run_ended(start, monkeypatch):
