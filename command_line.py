@@ -34,13 +34,17 @@ def parse_settings(argv: Sequence[str] | None = None, *, description: str | None
     """
     given, unknown = _parser(description).parse_known_args(argv)
     flags = {name: value for name, value in vars(given).items() if value is not None}
-    missing = [name for name, value in flags.items() if value in (MISSING, [])]
+    missing = [name for name, value in flags.items() if value in (MISSING, [], "") or "" in list(value)]
     faults = [f"--{name}: its value is missing" for name in missing]
     flags = {name: value for name, value in flags.items() if name not in missing}
     config_path = flags.pop("config", None)
     faults += [_unknown(word) for word in unknown if word.startswith("--")]
     faults += [f"{word!r} belongs to no option" for word in unknown if not word.startswith("--")][: not faults]
-    file_values = _read_config_file(Path(config_path)) if config_path else {}
+    file_values: dict[str, Any] = {}
+    try:
+        file_values = _read_config_file(Path(config_path)) if config_path else {}
+    except ConfigError as error:
+        faults.append(str(error))
     for key in sorted(set(file_values) - set(Settings.model_fields)):
         del file_values[key]
         faults.append(f"{config_path}: {_unknown(key)}")
@@ -62,8 +66,8 @@ def _validate(values: dict[str, Any], said: set[str], faults: list[str]) -> Sett
         faults += map(_say, error.errors())
         settings = Settings(**{name: value for name, value in values.items() if name not in wrong})
     settings, refused = with_preset(settings)
-    faults += refused
-    faults += contradictions(settings, said - wrong) if "mode" not in wrong else []  # which most of them are about
+    # they are about the mode, most of them
+    faults += [*refused, *contradictions(settings, said - wrong)] if "mode" not in wrong else []
     if faults:
         raise ConfigError("wrong options:\n" + "\n".join(f"  {fault}" for fault in dict.fromkeys(faults)))
     return settings

@@ -111,7 +111,7 @@ class ModelOptions(Options):
         None,
         ge=1,
         description="windows that training takes of what is read of a document, drawn anew in each epoch, each once "
-        "before any comes again; validation, test and prediction read all",
+        "before any comes again (not so with --read random); validation, test and prediction read all",
     )
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout of the encoder's hidden states and of the head")
     encoder_layers: int | None = Field(
@@ -162,7 +162,8 @@ class TrainingOptions(Options):
     fresh_lr_factor: float = Field(
         10.0,
         gt=0,
-        description="learning rate of what neither the encoder nor a probe brings, as a multiple of --learning_rate",
+        description="learning rate of gates, aggregation and, without a probe, head, as a multiple of --learning_rate; "
+        "1 where a saved model is trained further on like data",
     )
     weight_decay: float = Field(0.01, ge=0, description="weight decay, not on biases and norms")
     gradient_accumulation_steps: int = Field(1, ge=1, description="batches an optimizer step")

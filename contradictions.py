@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from config import Settings
 
 
 def contradictions(settings: Settings, said: set[str]) -> list[str]:
-    """What is wrong with a set of options; those that were not said, but left at their defaults, never contradict."""
+    """What is wrong with a set of options; those that were not said, but left at their defaults, never contradict.
+
+    Nor do they where a model may bring its own in their place: training looks again when it has learned them.
+    """
+    known = said if settings.model_path is not None else set(Settings.model_fields)
+    trains = settings.mode.startswith("train")
     rules = [
         (
-            settings.train_windows is not None and settings.train_windows > settings.max_windows,
+            trains and "max_windows" in known and (settings.train_windows or 0) > settings.max_windows,
             "--train_windows is more than --max_windows: no document has so many to draw from",
+        ),
+        (
+            settings.text_column == settings.label_column,
+            "--text_column and --label_column name one column",
         ),
         (
             settings.mode == "evaluate" and settings.model_path is None,
@@ -22,7 +33,7 @@ def contradictions(settings: Settings, said: set[str]) -> list[str]:
             "--mode export needs --model_path: the checkpoint to export, a .pt file or a folder",
         ),
         (
-            settings.output_path is not None and not settings.output_path.endswith((".csv", ".jsonl")),
+            settings.output_path is not None and Path(settings.output_path).suffix not in (".csv", ".jsonl"),
             f"--output_path {settings.output_path}: must end in .csv or .jsonl",
         ),
         (
@@ -82,7 +93,7 @@ def contradictions(settings: Settings, said: set[str]) -> list[str]:
             "--window_overlap does not go with --read random, whose windows share no tokens",
         ),
         (
-            settings.window_overlap >= settings.window_size - 2,
+            "window_size" in known and settings.window_overlap >= settings.window_size - 2,
             "--window_overlap must be less than --window_size minus its [CLS] and [SEP]",
         ),
         (

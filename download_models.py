@@ -204,7 +204,17 @@ def fetch_wheel(
 
     Nothing in it is run or installed. Raises `error_type` when pip fails or the hash is another.
     """
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--disable-pip-version-check",
+        "--quiet",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+    ]
     result = subprocess.run([*pip, "--dest", str(folder), f"{name}=={version}"], capture_output=True, text=True)
     if result.returncode:
         reason = result.stderr.strip().rpartition("\n")[2]

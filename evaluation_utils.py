@@ -214,7 +214,8 @@ def evaluate_model(
 
     Returns: what metrics.json holds: `classification_metrics` of the calibrated probabilities, `temperature`, and
     `log_loss`, `ece` and `ece_classwise` without it (`*_uncalibrated`); `documents`, `windows`, `failed_windows`,
-    `window_failures`, `by_length`, `coverage`, `thresholds`, `overlap_with_training` where they are known.
+    `window_failures`, `by_length`, `coverage`, `bad_lines` (which the data set left out), `thresholds`,
+    `overlap_with_training` where they are known.
 
     Raises:
         DataError: no documents, or none with a label.
@@ -251,6 +252,8 @@ def evaluate_model(
         metrics["coverage"] = dict(coverage)
     if thresholds is not None:
         metrics["thresholds"] = list(thresholds)
+    if (bad_lines := getattr(own, "skipped", None)) is not None:
+        metrics["bad_lines"] = bad_lines
     if overlap_with_training is not None:
         metrics["overlap_with_training"] = overlap_with_training
 
@@ -357,6 +360,8 @@ def format_report(metrics: Mapping[str, Any]) -> str:
         read, total = coverage["tokens_read"], coverage["tokens_total"]
         facts.append(("tokens read", f"{read:,} of {total:,} ({coverage['share']:.1%})"))
         facts.append(("documents cut", f"{coverage['documents_truncated']:,}"))
+    if metrics.get("bad_lines"):
+        facts.append(("bad lines", f"{metrics['bad_lines']:,}, left out of all this"))
     if "overlap_with_training" in metrics:
         facts.append(("trained on too", f"{metrics['overlap_with_training']:,}"))
     facts.append(("windows failed", f"{metrics['failed_windows']:,} of {windows:,}"))

@@ -49,8 +49,9 @@ def dispatch(settings: Settings) -> None:
         predict_corpus(settings)
     elif settings.mode == "analyze":
         from data_utils.analysis import analyze_corpus
+        from train import find_tokenizer
 
-        analyze_corpus(settings)
+        analyze_corpus(settings, find_tokenizer)
     elif settings.mode == "export":
         from models.export import export
 
@@ -81,6 +82,13 @@ def dispatch(settings: Settings) -> None:
             evaluate(settings.model_copy(update=of_best_model))
 
 
+def report(level: int, message: str, *arguments: object, traceback: bool = False) -> None:
+    """Why the command ends: an error is said whatever the `--log_level`."""
+    if level == logging.ERROR and not logger.isEnabledFor(level):
+        level = logging.CRITICAL
+    logger.log(level, message, *arguments, exc_info=traceback or logger.isEnabledFor(logging.DEBUG))
+
+
 def main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
     """Parse, run, and turn an error into one message and an exit code."""
     setup_logging()
@@ -94,16 +102,16 @@ def main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
         dispatch(settings)
     except ReBertaError as error:
         if is_main_process() or not isinstance(error, ConfigError):  # that one is the same in all processes
-            logger.log(error.level, "%s", error, exc_info=logger.isEnabledFor(logging.DEBUG))
+            report(error.level, "%s", error)
         exit_code = error.exit_code
     except KeyboardInterrupt:
-        logger.error("stopped by Ctrl-C")
+        report(logging.ERROR, "stopped by Ctrl-C")
         exit_code = 130
     except Exception as error:
         if known := expected_error(error):
-            logger.error("%s", known, exc_info=logger.isEnabledFor(logging.DEBUG))
+            report(known.level, "%s", known)
         else:
-            logger.exception("unexpected error; please report it with what stands above")
+            report(logging.ERROR, "unexpected error; please report it with what stands above", traceback=True)
         exit_code = known.exit_code if known else 1
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -34,7 +34,7 @@ from evaluation_utils import check_documents, check_share, predict
 from models.checkpoint import checkpoint_hash
 from models.registry import READING
 from processes import under_torchrun
-from utils import TEMPORARY, ConfigError, DataError, DataLoadError, error_handler, get_device, logger
+from utils import TEMPORARY, ConfigError, DataError, DataLoadError, error_handler, get_device, logger, make_folder
 
 PART_DOCUMENTS = 1000
 PART_CHARACTERS = 5_000_000  # what is lost by a kill stays small with long documents too
@@ -62,7 +62,7 @@ def predict_corpus(settings: Settings) -> None:
     output = Path(settings.output_path)
     if output.parent.resolve() in {Path(path).resolve() for path in settings.input_path}:
         raise ConfigError(f"--output_path {output}: lies in the input's folder and would be read as input later on")
-    files = expand_paths(settings.input_path)
+    files = expand_paths(settings.input_path, unlabelled=True)
     reader = load_reader(settings, device_of(settings))
     preparation = Preparation(
         files=tuple(files),
@@ -73,6 +73,7 @@ def predict_corpus(settings: Settings) -> None:
         skip_bad_lines=settings.on_bad_lines == "skip",
         words=False,
     )
+    make_folder(output.parent, "output_path")
     parts = Parts(output, {**fingerprint(reader), **stamps(files)})
     finished = parts.is_finished()
     if not finished:
@@ -100,7 +101,10 @@ def share_of(settings: Settings) -> Share:
 def device_of(settings: Settings) -> torch.device:
     """Under torchrun each process has a GPU of its own."""
     device = get_device(settings.device)
-    return torch.device("cuda", int(os.environ["LOCAL_RANK"])) if device.type == "cuda" and under_torchrun() else device
+    if device.type == "cuda" and under_torchrun():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)  # or pinned memory would open a context on the first GPU, too
+    return device
 
 
 def fingerprint(reader: Reader) -> dict[str, Any]:

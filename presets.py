@@ -53,4 +53,6 @@ def with_preset(settings: Settings) -> tuple[Settings, list[str]]:
         if name in said and getattr(settings, name) != value
     ]
     defaults = {name: value for name, value in DEFAULTS.get(settings.model_type, {}).items() if name not in said}
-    return settings.model_copy(update={**defaults, **fixed}), faults
+    # what is fixed counts as said, since a saved model that has it otherwise cannot be gone on from; a default does not
+    values = {**dict(settings), **defaults, **fixed}
+    return Settings.model_construct(said | fixed.keys(), **values), faults

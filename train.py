@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from config import DEFAULT_ENCODER, Settings
+from contradictions import contradictions
 from data_utils.augmentation import Masking
 from data_utils.dataset import LongTextDataset, dataset_options, load_tokenizer
 from data_utils.overlap import warn_of_overlap
@@ -43,7 +44,8 @@ from models.checkpoint import (
     load_model_and_config,
     load_training_texts,
 )
-from models.registry import build_model, learned_settings
+from models.registry import READING, build_model, built_with, learned_settings
+from presets import with_preset
 from processes import join_processes, said_once
 from utils import (
     ConfigError,
@@ -92,9 +94,7 @@ def fit(settings: Settings, *, epochs: int | None = None, steps: int | None = No
         ConfigError, DataError, ModelError, TrainingError: as the stage that fails says it.
     """
     device = join_processes(get_device(settings.device))
-    if settings.model_path is not None and is_checkpoint(settings.model_path):  # go on reading as it does
-        saved = load_model_and_config(settings.model_path)
-        settings = settings.model_copy(update=learned_settings(saved.settings, settings))
+    settings = as_the_model_has_them(settings)
     with open_run_folder(settings) as (run, resume_from):
         set_seed(settings.seed)
         with PartialState().main_process_first():  # it prepares the data, and what is wrong is said once
@@ -120,13 +120,32 @@ def fit(settings: Settings, *, epochs: int | None = None, steps: int | None = No
     return Trained(run.best_model, run.folder, trainer.state.best_metric, trainer.signals.received)
 
 
+def as_the_model_has_them(settings: Settings) -> Settings:
+    """The settings; those that a saved model is gone on from are its own, where no option says otherwise.
+
+    Raises:
+        ConfigError: options that contradict these.
+        ModelError: it cannot be loaded.
+    """
+    faults: list[str] = []
+    said = {*settings.model_fields_set, *READING}
+    if settings.model_path is not None and is_checkpoint(settings.model_path):
+        saved = load_model_and_config(settings.model_path)
+        built = built_with(saved.model)
+        learned = learned_settings({**saved.settings, **built}, settings, (*READING, "model_type", *built))
+        settings, faults = with_preset(settings.model_copy(update=learned))
+    if faults := faults + contradictions(settings, said):
+        raise ConfigError("; ".join(faults))
+    return settings
+
+
 @error_handler(error_type=DataError)
 def load_data(settings: Settings, run: RunFolder) -> Data:
     """Training and validation set, cut into windows. The labels are those of the training set."""
     # looked for first: the tokenizer may have to be fetched
     train_files, val_files = expand_paths(settings.train_path), expand_paths(settings.val_path)
     source = settings.model_path or DEFAULT_ENCODER
-    tokenizer = load_checkpoint_tokenizer(source) if is_checkpoint(source) else load_tokenizer(source)
+    tokenizer = find_tokenizer(source)
     options = dataset_options(settings, tokenizer)
     train_set = LongTextDataset(
         train_files,
@@ -142,6 +161,8 @@ def load_data(settings: Settings, run: RunFolder) -> Data:
             f"{train_set.label_names[0]!r}; two labels at least are needed; is --label_column {settings.label_column} "
             "the right one?"
         )
+    if not train_set.label_names:
+        raise DataFormatError(f"{', '.join(map(str, train_files))}: no document has a label; one at least is needed")
     options |= {"label_names": train_set.label_names}
     if "train_path" in settings.model_fields_set and "val_path" not in settings.model_fields_set:
         logger.warning("--val_path is not given: validation documents are those of %s", ", ".join(settings.val_path))
@@ -152,6 +173,15 @@ def load_data(settings: Settings, run: RunFolder) -> Data:
     earlier = load_training_texts(source) if is_checkpoint(source) else None
     training_texts = train_set.text_hashes if earlier is None else np.union1d(earlier, train_set.text_hashes)
     return Data(train_set, validation_set, tokenizer, training_texts)
+
+
+def find_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a saved model, or of an encoder.
+
+    Raises:
+        ModelError: there is none.
+    """
+    return load_checkpoint_tokenizer(source) if is_checkpoint(source) else load_tokenizer(source)
 
 
 def masking(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Masking | None:

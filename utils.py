@@ -157,7 +157,8 @@ def expected_error(error: Exception) -> ReBertaError | None:
     """What an error of a library means where it must be expected: a full disk, no memory, weights that are none, a data
     worker or another process that ended. None for any other."""
     message = _without_worker(str(error))
-    if isinstance(error, torch.distributed.DistError) or "gloo" in message:
+    by_gloo = isinstance(error, RuntimeError) and re.search(r"\bgloo\b", message)
+    if isinstance(error, torch.distributed.DistError) or by_gloo:
         return ProcessLostError(f"another process has ended, whose message says why; if none does: {message}")
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or _NO_MEMORY_SAID.search(message):
         return ResourceError(f"out of memory ({message}); lower --batch_size or raise --memory_level")
@@ -262,20 +263,32 @@ def setup_logging(level: str = "INFO", log_file: str | Path | None = None) -> lo
 
     Of several processes number 0 speaks; the others tell of their own errors only.
     """
-    for handler in list(logger.handlers):
-        logger.removeHandler(handler)
-        handler.close()
     handlers: list[logging.Handler] = [_Console(sys.stderr)]
     who = "" if is_main_process() else f"process {os.environ['RANK']}: "
     if log_file is not None and is_main_process():
-        Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(Path(log_file).parent, "output_dir")
         handlers.append(_LogFile(log_file, encoding="utf-8"))
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+        handler.close()
     for handler in handlers:
         handler.setFormatter(logging.Formatter(f"%(asctime)s %(levelname)s {who}%(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(handler)
     logger.setLevel(level if is_main_process() else logging.ERROR)
     logger.propagate = False
     return logger
+
+
+def make_folder(folder: Path, option: str) -> None:
+    """Make it, and those above it, where it is not there. `option` has named it.
+
+    Raises:
+        ConfigError: something is in its way, or it may not be made there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise ConfigError(f"--{option}: the folder {folder} cannot be made ({error.strerror}); give another") from error
 
 
 class _Console(logging.StreamHandler[TextIO]):
@@ -377,7 +390,9 @@ def mixed_precision_type(wanted: str, device: torch.device) -> str:
 
 def limit_gpu_memory(fraction: float | None) -> None:
     """Let this process use at most `fraction` of its GPU's memory."""
-    if fraction is not None and torch.cuda.is_available():
+    if fraction is not None and not torch.cuda.is_available():
+        logger.warning("--gpu_memory_fraction: there is no GPU here")
+    elif fraction is not None:
         torch.cuda.set_per_process_memory_fraction(fraction, int(os.environ.get("LOCAL_RANK", 0)))
 
 

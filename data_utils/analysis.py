@@ -14,7 +14,7 @@ import json
 import os
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from data_utils.labels import label_order
 from data_utils.overlap import text_hash
 from data_utils.readers import OnBadLines, Paths, Quarantine, checked_records, expand_paths
 from data_utils.records import Columns, ProblemType, Record
-from data_utils.tokenization import load_tokenizer, tokenize
+from data_utils.tokenization import tokenize
 from data_utils.windows import capacity, check_window_options
 from utils import logger, made_up_folder, setup_logging, write_text
 from visualization_utils import save_length_coverage
@@ -203,10 +203,10 @@ def _split_text(name: str, summary: Mapping[str, Any], report: Mapping[str, Any]
     return "\n".join(lines)
 
 
-def analyze_corpus(settings: Settings) -> dict[str, Any]:
+def analyze_corpus(settings: Settings, find_tokenizer: Callable[[str], PreTrainedTokenizerBase]) -> dict[str, Any]:
     """`--mode analyze`: the splits that were named, or, where none was, those that lie where the defaults look.
 
-    Raises DataError as `analyze`, and ModelError where the encoder's tokenizer cannot be found.
+    Raises DataError as `analyze`, and whatever `find_tokenizer` does.
     """
     folder = Path(settings.output_dir) if settings.output_dir else made_up_folder("analyze")
     setup_logging(settings.log_level, folder / "analysis.log")
@@ -217,9 +217,11 @@ def analyze_corpus(settings: Settings) -> dict[str, Any]:
     }
     named = {split: files for split, (option, files) in paths.items() if option in settings.model_fields_set}
     lying = {split: files for split, (_, files) in paths.items() if all(Path(file).exists() for file in files)}
+    # looked for first: the tokenizer may have to be fetched
+    splits = {name: expand_paths(files) for name, files in (named or lying or {"train": settings.train_path}).items()}
     report = analyze(
-        named or lying or {"train": settings.train_path},
-        load_tokenizer(settings.model_path or DEFAULT_ENCODER),
+        splits,
+        find_tokenizer(settings.model_path or DEFAULT_ENCODER),
         window_size=settings.window_size,
         window_overlap=settings.window_overlap,
         text_column=settings.text_column,

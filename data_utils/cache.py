@@ -3,7 +3,7 @@
 - the key of a cache is made of all that shapes it: the files (path, size, time of change), the tokenizer, the settings,
   the version of this format; a change of any makes another cache
 - built beside its place and moved into it when complete; one process builds, others wait for it
-- what is found incomplete or damaged is built again
+- what is found incomplete, by the sizes of its files, is built again
 - the bad lines that were left out are kept with it, so that a second start reports them too
 - it is safe to delete the folder at any time
 """
@@ -28,6 +28,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from config import Settings
 from data_utils.overlap import text_hash
 from data_utils.readers import Quarantine, checked_records
 from data_utils.records import Columns, ProblemType
@@ -36,7 +37,7 @@ from data_utils.windows import Draw, Read, capacity, check_window_options, flat_
 from utils import ConfigError, DataLoadError, ResourceError, logger, writing_to
 
 FORMAT = 3
-DEFAULT_CACHE = Path.home() / ".cache" / "reberta"
+DEFAULT_CACHE = Path(Settings.model_fields["cache_dir"].default).expanduser()
 DOCUMENTS, QUARANTINE, MANIFEST = "documents.arrow", "quarantine.jsonl", "manifest.json"
 _FLUSH_TOKENS = 500_000
 
@@ -263,6 +264,7 @@ def is_whole(folder: Path) -> bool:
         return False
 
 
-def _stamp(file: Path) -> tuple[str, int, int]:
+def _stamp(file: Path) -> tuple[str, str, int, int]:
+    """As it was named too, for that stands in ids and errors."""
     status = file.stat()
-    return str(file.resolve()), status.st_size, status.st_mtime_ns
+    return str(file), str(file.resolve()), status.st_size, status.st_mtime_ns

@@ -215,6 +215,8 @@ class LongTextDataset(Dataset[dict[str, Any]]):
 
         A text that is not read to its end is reported in the log.
         """
+        if max_len is not None and max_len < 1:
+            raise ConfigError(f"max_len is {max_len}: must be at least 1")
         _, tokens = next(tokenize(tokenizer, [(None, check_text(text))]))
         special = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
         ids = tokens.ids[:max_len]
@@ -272,6 +274,8 @@ class LongTextDataset(Dataset[dict[str, Any]]):
                 shutil.copyfile(quarantine, temporary)
                 with temporary.open("a", encoding="utf-8") as more:
                     more.writelines(json.dumps(self._unknown_label(int(row))) + "\n" for row in unknown)
+        elif quarantine_path is not None:
+            Path(quarantine_path).unlink(missing_ok=True)  # of an earlier run that left some out
         if skipped:
             logger.warning("%d bad lines were left out; they are in %s", skipped, quarantine_path or quarantine)
         return skipped

@@ -16,7 +16,7 @@ import html
 import json
 import logging
 import re
-import textwrap
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
@@ -47,15 +47,18 @@ class _Row(NamedTuple):
     fault: str | None = None
 
 
-def expand_paths(paths: Paths) -> list[Path]:
+def expand_paths(paths: Paths, *, unlabelled: bool = False) -> list[Path]:
     """The data files that `paths` means, in order; a folder stands for its *.jsonl, *.csv and *.parquet, sorted.
 
-    A folder without any stands for the *.txt of the folders in it, those of `unsup` left out.
+    A folder without any stands for the *.txt of the folders in it, those of `unsup` left out unless documents may be
+    `unlabelled`.
 
     Raises DataLoadError for a path that is missing, given twice or has another ending, and for a folder without data.
     """
     given = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
-    files = [file for path in given for file in (_folder_files(path) if path.is_dir() else [_data_file(path)])]
+    files: list[Path] = []
+    for path in given:
+        files += _folder_files(path, unlabelled) if path.is_dir() else [_data_file(path)]
     if not files:
         raise DataLoadError("no data file was given; name a .jsonl, .csv or .parquet file, or a folder of them")
     seen = set()
@@ -74,10 +77,10 @@ def _data_file(file: Path) -> Path:
     return file
 
 
-def _folder_files(folder: Path) -> list[Path]:
+def _folder_files(folder: Path, unlabelled: bool) -> list[Path]:
     visible = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
     files = [_data_file(file) for file in visible if file.suffix.lower() in _READERS]
-    files = files or [text for label in visible if label.is_dir() for text in _texts(label)]
+    files = files or [text for label in visible if label.is_dir() for text in _texts(label, unlabelled)]
     if not files:
         raise DataLoadError(
             f"{folder}: the folder holds no {', '.join('*' + ending for ending in _READERS)} file, "
@@ -86,12 +89,12 @@ def _folder_files(folder: Path) -> list[Path]:
     return files
 
 
-def _texts(folder: Path) -> list[Path]:
+def _texts(folder: Path, unlabelled: bool) -> list[Path]:
     visible = sorted(folder.glob("[!.]*"))
     texts = [file for file in visible if file.suffix.lower() == ".txt"]
     if texts and any(file.is_dir() for file in visible):
         raise DataLoadError(f"{folder}: holds folders beside its texts, so it is no label; name the folder itself")
-    if texts and folder.name == _UNLABELLED:
+    if texts and folder.name == _UNLABELLED and not unlabelled:
         logger.info("%s: %d texts without labels are left out", folder, len(texts))
         return []
     return texts
@@ -267,6 +270,8 @@ def _read_csv(file: Path, columns: Columns) -> Iterator[_Row]:
             except csv.Error as error:
                 cells = ["?"]
                 fault = lines.fault or f"malformed CSV ({error}); look for a quote that is not closed or not doubled"
+                if len(lines.taken) > 1:
+                    fault += f"; lines {start} to {lines.number} are one row so"
             if cells is None:
                 return
             if not cells:
@@ -328,16 +333,13 @@ def _without_html(text: str) -> str:
     return html.unescape(_TAG.sub("", _LINE_TAG.sub("\n", text)))
 
 
-COLUMN_CHARACTERS = 40  # of a column's name that an error shows
-
-
 def _check_header(where: str, present: list[str], columns: Columns) -> None:
     if len(set(present)) < len(present):
         raise DataFormatError(f"{where}: a column is named twice ({', '.join(present)}); rename one")
     options = {"--text_column": columns.text} | ({"--label_column": columns.label} if columns.needs_label else {})
     for option, name in options.items():
         if name not in present:
-            shown = ", ".join(textwrap.shorten(column, COLUMN_CHARACTERS, placeholder=" ...") for column in present)
+            shown = ", ".join(map(reprlib.repr, present))
             hint = f"set {option}"
             if present and present[0].lstrip().startswith("{"):
                 hint = "it looks like JSON Lines: name it .jsonl"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -70,7 +71,9 @@ class RecordCheck:
     def _text(self, cells: dict[str, Any]) -> str:
         name = self._columns.text
         if name not in cells:
-            raise DataFormatError(f"no {name!r} (the line has: {', '.join(cells)}); set --text_column")
+            raise DataFormatError(
+                f"no {name!r} (the line has: {', '.join(map(reprlib.repr, cells))}); set --text_column"
+            )
         return check_text(cells[name], repr(name))
 
     def _label(self, cells: dict[str, Any], source: str, typed: bool) -> str | list[str] | None:

@@ -132,7 +132,10 @@ def _splits_at_whitespace(tokenizer: PreTrainedTokenizerBase) -> bool:
     if backend.pre_tokenizer is None or "Prepend" in _types(backend.normalizer):
         return False
     types = _types(backend.pre_tokenizer)
-    return bool(_SPLITS_AT_WHITESPACE & set(types)) or types.get("ByteLevel", {}).get("use_regex", False)
+    bytes_of = types.get("ByteLevel", {})
+    # a prefix space would stand after each cut at a line break
+    by_bytes = bytes_of.get("use_regex", False) and not bytes_of["add_prefix_space"]
+    return bool(_SPLITS_AT_WHITESPACE & set(types)) or by_bytes
 
 
 def _types(part: Any) -> dict[str, dict[str, Any]]:

@@ -41,6 +41,7 @@ from utils import (
     is_main_process,
     logger,
     made_up_folder,
+    make_folder,
     setup_logging,
     write_text,
 )
@@ -144,7 +145,7 @@ def _claimed(folder: Path) -> contextlib.AbstractContextManager:
         raise ConfigError(f"--output_dir {folder}: give it a name of its own; the best model is saved under that name")
     if _holds_files(folder) and not (folder / SETTINGS_FILE).is_file():
         raise ConfigError(f"--output_dir {folder}: is not empty and holds no run; give another folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, "output_dir")
     try:
         return FileLock(folder / ".lock").acquire(timeout=0)
     except Timeout:

@@ -37,7 +37,7 @@ from models.checkpoint import load_all
 from models.encoder import max_window_size
 from models.reberta import RecurrentRoBERTa
 from models.registry import READING
-from utils import ConfigError, ModelError, error_handler, logger, made_up_folder
+from utils import ConfigError, ModelError, error_handler, logger, made_up_folder, make_folder
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-3  # of logits; what is seen is 1e-6
@@ -56,14 +56,14 @@ def export(settings: Settings) -> Path:
     if missing:
         raise ConfigError(f"--mode export needs {', '.join(missing)}: run `pip install {' '.join(PACKAGES)}`")
     folder = Path(settings.output_dir) if settings.output_dir else made_up_folder("export")
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"--output_dir {folder}: is not empty; give another folder")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"--output_dir {folder}: is not an empty folder; give another")
+    make_folder(folder.parent, "output_dir")
     (model, _, _), tokenizer, _ = load_all(settings.model_path)
     if not isinstance(model, RecurrentRoBERTa):
         raise ConfigError(f"{settings.model_path}: --mode export takes models with a window encoder, not this one")
     model.config.update({name: getattr(settings, name) for name in READING if name in settings.model_fields_set})
     model.check()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as scratch:
         fresh = Path(scratch) / "new"
         write_folder(model, tokenizer, fresh)

@@ -12,6 +12,7 @@ from config import DEFAULT_ENCODER, Settings
 from models.checkpoint import is_checkpoint, load_model_and_config
 from models.reberta import RecurrentRoBERTa
 from models.transformer import TransformerClassifier, TransformerConfig
+from presets import FIXED
 from utils import ConfigError, ModelError, error_handler, logger
 
 ARCHITECTURE = (
@@ -50,11 +51,19 @@ def learned_settings(written: Mapping[str, Any], settings: Settings, names: Iter
 
 def refuse_other_architecture(source: str, saved: PreTrainedModel, settings: Settings) -> None:
     """Raises ConfigError where options are given that contradict how a checkpoint's model is built."""
-    built = {name: getattr(saved.config, name) for name in ARCHITECTURE if hasattr(saved.config, name)}
+    built = built_with(saved)
     changed = [n for n, value in built.items() if n in settings.model_fields_set and getattr(settings, n) != value]
     if changed:
         kept = ", ".join(f"--{name} {built[name]}" for name in changed)
-        raise ConfigError(f"{source} was built with {kept}; leave these options out, or train from an encoder")
+        given = "these options"
+        if fixed := FIXED[settings.model_type].keys() & changed:
+            given = f"--model_type {settings.model_type}" + (f" and {given}" if fixed != {*changed} else "")
+        raise ConfigError(f"{source} was built with {kept}; leave {given} out, or train from an encoder")
+
+
+def built_with(model: PreTrainedModel) -> dict[str, Any]:
+    """The options that decided how the model is built."""
+    return {name: getattr(model.config, name) for name in ARCHITECTURE if hasattr(model.config, name)}
 
 
 def build_reberta(settings: Settings, label_names: list[str], tokenizer: PreTrainedTokenizerBase) -> RecurrentRoBERTa:
@@ -68,7 +77,7 @@ def build_reberta(settings: Settings, label_names: list[str], tokenizer: PreTrai
     if not isinstance(saved, RecurrentRoBERTa):
         raise ConfigError(f"{source} has no encoder: start from one, or go on with --model_type transformer")
     refuse_other_architecture(source, saved, settings)
-    options |= {name: getattr(saved.config, name) for name in ARCHITECTURE}
+    options |= built_with(saved)
     model = RecurrentRoBERTa(encoder=saved.config.encoder_config, **options)
     _take_weights(model, saved, source)
     return model

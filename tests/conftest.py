@@ -22,7 +22,7 @@ WORDS = range(5, VOCABULARY)
 LABELS = ("early", "late")
 MODEL_CODE = {
     *("reberta.py", "configuration.py", "encoder.py", "gathered.py", "aggregation.py"),
-    *("batch.py", "cell.py", "linear.py", "pipeline.py"),
+    *("batch.py", "cell.py", "linear.py", "output.py", "pipeline.py"),
 }
 """What is written beside the weights, so that transformers alone can load them."""
 

@@ -143,6 +143,9 @@ def test_all_faults_are_reported_at_once(tmp_path):
         ("--int8", "--int8 belongs to --mode evaluate and predict, not train"),
         ("--mode evaluate --model_path m --test_path t --int8 --mixed_precision", "two precisions"),
         ("--mode evaluate --model_path m --test_path t --int8 --device cuda", "does not go with --device cuda"),
+        ("--train_windows 17", "--train_windows is more than --max_windows"),
+        ("--text_column label", "--text_column and --label_column name one column"),
+        ("--mode predict --model_path m --input_path x --output_path logs/.csv", "must end in .csv or .jsonl"),
         ("--alpha 0.5", "belongs to --carry residual"),
         ("--global_alpha 0.5 --aggregation mean", "belongs to --aggregation encoder"),
         ("--window_overlap 254", "--window_overlap must be less"),
@@ -174,10 +177,35 @@ def test_contradictions_and_wrong_values_are_refused(argv, message):
     assert len(str(caught.value).splitlines()) == 2
 
 
-def test_a_wrong_mode_is_not_held_against_other_options():
+@pytest.mark.parametrize("options", ["--input_path x --output_path y.csv", "--model_type mean --carry gru"])
+def test_a_wrong_mode_is_not_held_against_other_options(options):
     with pytest.raises(ConfigError) as caught:
-        parse_settings(["--mode", "predct", "--input_path", "x", "--output_path", "y.csv"])
+        parse_settings(["--mode", "predct", *options.split()])
     assert [line.split(":")[0] for line in str(caught.value).splitlines()] == ["wrong options", "  --mode predct"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["--train_windows 17", "--window_overlap 300", "--mode evaluate --test_path t --max_windows 4 --train_windows 8"],
+)
+def test_defaults_that_a_saved_model_may_replace_do_not_contradict(options):
+    assert parse_settings(["--model_path", "m", *options.split()])
+
+
+def test_what_a_model_type_fixes_counts_as_said_and_its_defaults_do_not():
+    said = parse_settings(["--model_type", "head", "--epochs", "2"]).model_fields_set
+    assert said == {"model_type", "epochs", "carry", "num_repeats", "aggregation", "read", "max_windows"}
+
+
+@pytest.mark.parametrize("argv", [["--model_path", ""], ["--train_path", ""], ["--train_path", "a", ""]])
+def test_an_empty_value_is_none(argv):
+    with pytest.raises(ConfigError, match=f"{argv[0]}: its value is missing"):
+        parse_settings(argv)
+
+
+def test_a_bad_config_file_does_not_hide_other_faults():
+    with pytest.raises(ConfigError, match=r"missing\.yaml: cannot be read: No such file(.|\n)*--batch_size 0"):
+        parse_settings(["--config", "missing.yaml", "--batch_size", "0"])
 
 
 @pytest.mark.parametrize("option", ["--sample_data 5", "--max_len 100"])

@@ -121,7 +121,7 @@ def test_a_transformer_is_refused_where_an_encoder_is_needed(train, capsys):
     assert main(f"--mode export {saved} --output_dir onnx".split()) == 2
     assert main(f"--mode evaluate {saved} --test_path val.jsonl --int8".split()) == 2
     assert main(f"--mode evaluate {saved} --test_path val.jsonl --window_overlap 3".split()) == 2
-    train(f"{MANY} {saved}", "other", code=2)
+    train(f"{MANY} --model_type reberta {saved}", "other", code=2)
     said = capsys.readouterr().err
     for part in (
         "--mode export takes models with a window encoder",
@@ -130,5 +130,25 @@ def test_a_transformer_is_refused_where_an_encoder_is_needed(train, capsys):
         "models/saved/run has no encoder",
     ):
         assert part in said
-    train(f"{MANY} --model_type transformer {saved}", "further")
-    assert len(final(Path("logs/further"))) == len(final(Path("logs/run")))
+    for name, model_type in (("further", "--model_type transformer"), ("again", "")):
+        train(f"{MANY} {model_type} {saved}", name)
+        assert len(final(Path("logs") / name)) == len(final(Path("logs/run")))
+
+
+def test_training_on_keeps_what_a_saved_model_is(train, capsys):
+    train("--model_type mean --window_size 12 --max_windows 20", "mean")
+    run = train("--model_path models/saved/mean --train_windows 18", "further")
+    kept = {"model_type": "mean", "carry": "none", "aggregation": "mean", "window_size": 12, "max_windows": 20}
+    settings = json.loads((run / "settings.json").read_text())
+    assert {name: settings[name] for name in kept} == kept
+    evaluation = "--mode evaluate --model_path models/saved/further --test_path val.jsonl --output_dir report"
+    assert main(f"{evaluation} --model_type mean".split()) == 0
+    train("--model_path models/saved/mean --train_windows 21", "more", code=2)
+    train("--model_path models/saved/mean --model_type max", "other", code=2)
+    said = capsys.readouterr().err
+    assert "--train_windows is more than --max_windows" in said
+    assert "was built with --aggregation mean; leave --model_type max out, or train from an encoder" in said
+
+    train("--model_type head --window_size 16", "head")
+    run = train("--model_type head --model_path models/saved/head", "head-further")
+    assert json.loads((run / "settings.json").read_text())["window_size"] == 16

@@ -159,5 +159,7 @@ def test_gpu_functions_do_nothing_on_a_cpu(caplog):
     assert not torch.cuda.is_available()
     clean_gpu_memory()
     log_gpu_usage()
-    limit_gpu_memory(0.5)
+    limit_gpu_memory(None)
     assert caplog.text == ""
+    limit_gpu_memory(0.5)
+    assert caplog.messages == ["--gpu_memory_fraction: there is no GPU here"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
@@ -56,6 +57,40 @@ def test_exit_code_and_message(project, fails, request, arguments, code, message
     assert console.count(" ERROR ") == 1
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--output_dir tiny.yaml/run",
+        "--output_dir tiny.yaml",
+        "--mode analyze --output_dir tiny.yaml",
+        "--mode evaluate --model_path {model} --test_path data/validation --output_dir tiny.yaml",
+        "--mode predict --model_path {model} --input_path data/validation --output_path tiny.yaml/x.csv",
+        "--mode export --model_path {model} --output_dir tiny.yaml/onnx",
+        "--mode export --model_path {model} --output_dir tiny.yaml",
+    ],
+)
+def test_a_folder_that_cannot_be_made(trained, fails, arguments):
+    code, console = fails(f"--config tiny.yaml {arguments.format(model=trained)}")
+    assert code == 2, console
+    assert re.search("tiny.yaml(/run|/onnx)? cannot be made|tiny.yaml: is not an empty folder", console)
+    assert console.count(" ERROR ") == 1
+    assert "Traceback" not in console
+
+
+def test_an_error_is_said_whatever_the_log_level(fails):
+    arguments = "--mode evaluate --model_path none.pt --test_path data --output_dir logs/critical"
+    code, console = fails(f"{arguments} --log_level CRITICAL")
+    assert code == 4
+    assert "none.pt: there is no such checkpoint" in console
+
+
+def test_analysis_looks_for_the_data_first(fails):
+    arguments = "--mode analyze --train_path nowhere.jsonl --model_path no/such/encoder --output_dir logs/nowhere"
+    code, console = fails(arguments)
+    assert code == 3
+    assert "nowhere.jsonl: no such file" in console
+
+
 def test_debug_shows_the_traceback(fails):
     code, console = fails("--config tiny.yaml --train_path nowhere.jsonl --log_level DEBUG --output_dir logs/debug")
     assert code == 3
@@ -81,6 +116,20 @@ def test_bad_lines_are_skipped_into_quarantine(project, fails):
     assert "2 bad lines" in console
     lines = (project / "logs" / "skipped" / "quarantine_train.jsonl").read_text().splitlines()
     assert [json.loads(line)["source"].rsplit(":", 1)[1] for line in lines] == ["6", "26"]
+
+
+def test_a_report_says_how_many_documents_were_left_out(project, trained, fails):
+    good = (project / "data" / "validation" / "validation.jsonl").read_bytes().splitlines()
+    _bad(project, "left-out.jsonl", [*good, b'{"text": "w7", "label": "never"}', b"{broken"])
+    evaluation = f"--config tiny.yaml --mode evaluate --model_path {trained} --output_dir logs/left-out"
+    assert fails(f"{evaluation} --test_path left-out.jsonl --on_bad_lines skip")[0] == 0
+    report, quarantine = project / "logs" / "left-out", project / "logs" / "left-out" / "quarantine_test.jsonl"
+    assert json.loads((report / "metrics.json").read_text())["bad_lines"] == 2
+    assert re.search(r"^bad lines +2, left out of all this$", (report / "evaluation_results.txt").read_text(), re.M)
+    assert len(quarantine.read_text().splitlines()) == 2
+    assert fails(f"{evaluation} --test_path data/validation")[0] == 0
+    assert json.loads((report / "metrics.json").read_text())["bad_lines"] == 0
+    assert not quarantine.exists()
 
 
 def test_ctrl_c(fails, monkeypatch):
@@ -155,7 +204,7 @@ def test_one_label_is_not_enough(project, fails):
     [
         ("semicolons.csv", "text;label\nw1;early\n", "columns must be separated by commas"),
         ("lines.csv", '{"text": "w1", "label": "early"}\n', "it looks like JSON Lines: name it .jsonl"),
-        ("headless.csv", f"{'w1 ' * 300},early\n", " ..., early); set --text_column"),
+        ("headless.csv", f"{'w1 ' * 300},early\n", "'w1 w1 w1 w1 ... w1 w1 w1 w1 ', 'early'); set --text_column"),
     ],
 )
 def test_a_header_that_is_none(project, fails, name, content, hint):

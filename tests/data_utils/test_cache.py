@@ -132,6 +132,15 @@ def test_the_tokenizer_counts_by_content(make, corpus, builds, bert):
     assert len(builds) == 2
 
 
+def test_ids_and_places_are_as_the_path_is_written(make, tmp_path, monkeypatch):
+    (tmp_path / "texts" / "war").mkdir(parents=True)
+    (tmp_path / "texts" / "war" / "0.txt").write_text("the war of the union")
+    monkeypatch.chdir(tmp_path)
+    whole, relative = make(tmp_path / "texts"), make("texts")
+    assert (whole.ids[0], relative.ids[0]) == (f"{tmp_path}/texts/war/0.txt", "texts/war/0.txt")
+    assert relative.sources[0] == "texts/war/0.txt:1"
+
+
 def test_a_changed_file_makes_it_stale(make, corpus, builds):
     make(corpus)
     content = corpus.read_text()

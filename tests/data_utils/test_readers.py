@@ -140,7 +140,7 @@ JSON_FAULTS = {
     '{"text": "war", "label": ["a"]}': "label is a list; for several labels a document set --problem_type multi_label",
     '{"text": "war", "label": 1}': "label 1 is an integer, but a string at ",
     '{"text": "war", "label": true}': "label True is a boolean, but a string at ",
-    '{"label": "a"}': "no 'text' (the line has: label); set --text_column",
+    '{"label": "a"}': "no 'text' (the line has: 'label'); set --text_column",
     '{"text": "", "label": "a"}': "'text' is empty",
     '{"text": " \\n", "label": "a"}': "'text' is empty",
     '{"text": null, "label": "a"}': "'text' is null",
@@ -202,6 +202,8 @@ def test_a_cut_off_tail(tmp_path):
     table = tmp_path / "x.csv"
     table.write_text('text,label\nwar,a\n"peace and')
     assert f"{table}:3: malformed CSV (unexpected end of data)" in fault(table)
+    table.write_text('text,label\nwar,a\n"peace and\nwar,b\n')
+    assert "lines 3 to 4 are one row so" in fault(table)
 
 
 @pytest.mark.parametrize(
@@ -233,8 +235,9 @@ def test_a_bad_byte_within_a_quoted_csv_field(tmp_path):
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ("body,label", ":1: no column 'text' (it has: body, label); set --text_column"),
-        ("text,y", ":1: no column 'label' (it has: text, y); set --label_column"),
+        ("body,label", ":1: no column 'text' (it has: 'body', 'label'); set --text_column"),
+        ("text, label", ":1: no column 'label' (it has: 'text', ' label'); set --label_column"),
+        ("text,y", ":1: no column 'label' (it has: 'text', 'y'); set --label_column"),
         ("text,label,text", ":1: a column is named twice"),
     ],
 )
@@ -266,7 +269,7 @@ def test_bad_parquet_rows(tmp_path):
 def test_parquet_without_the_columns_or_not_parquet_at_all(tmp_path):
     path = tmp_path / "x.parquet"
     pq.write_table(pa.table({"body": ["war"], "label": ["a"]}), path)
-    assert f"{path}: no column 'text' (it has: body, label); set --text_column" in fault(path)
+    assert f"{path}: no column 'text' (it has: 'body', 'label'); set --text_column" in fault(path)
     whole = path.read_bytes()
     for damaged in (b"", b"rubbish", whole[: len(whole) // 2], whole.replace(b"body", b"\xf2ody")):
         path.write_bytes(damaged)

@@ -52,6 +52,11 @@ def test_label_is_the_folder_and_id_the_path(train, caplog):
     ]
 
 
+def test_texts_without_labels_are_for_prediction(train):
+    names = [str(path.relative_to(train)) for path in expand_paths(train, unlabelled=True)]
+    assert names == ["neg/2_1.txt", "pos/0_7.txt", "pos/1_9.txt", "unsup/0_0.txt", "unsup/1_0.txt"]
+
+
 @pytest.mark.parametrize(
     ("written", "text"),
     [

@@ -81,8 +81,9 @@ def test_no_more_than_one_batch_is_read_ahead(bert, monkeypatch):
 
 def test_a_tokenizer_that_does_not_split_at_spaces_reads_texts_whole(roberta):
     assert tokenization._splits_at_whitespace(roberta)
-    roberta.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(use_regex=False)
-    assert not tokenization._splits_at_whitespace(roberta)
+    for options in ({"use_regex": False, "add_prefix_space": False}, {"add_prefix_space": True}):
+        roberta.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(**options)
+        assert not tokenization._splits_at_whitespace(roberta)
 
 
 def test_words_of_english(tokenizer):
