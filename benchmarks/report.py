@@ -19,6 +19,7 @@ from typing import Any
 import matplotlib as mpl
 
 from benchmarks import quality_report
+from benchmarks.report_aims import aims
 from benchmarks.report_figures import FIGURES, figures
 from benchmarks.report_tables import TABLES, Content, machine_line, number, plain_table
 from utils import atomic_path, write_text
@@ -80,7 +81,7 @@ def _read(path: Path) -> dict[str, Any]:
 def pages(contents: Mapping[str, Content]) -> dict[Path, str]:
     """The pages that there are results for, from the content of each file by its name without the ending."""
     found = _sections(contents, TITLES) or ["There are no results in benchmarks/results yet."]
-    made = {PAGE: ["# Benchmarks", *_note("intro"), *found]}
+    made = {PAGE: ["# Benchmarks", *_note("intro"), *aims(contents), *found]}
     if RELIABILITY_TITLES.keys() <= contents.keys():
         found = _sections(contents, RELIABILITY_TITLES)
         made[PAGE.with_name(RELIABILITY)] = ["# Reliability", *_note("reliability"), *found]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import memory, memory_cell, peers, report, report_tables, speed
+from benchmarks import memory, memory_cell, peers, report, report_aims, report_tables, speed
 from models.reberta import RecurrentRoBERTa
 from utils import ConfigError
 
@@ -320,6 +320,56 @@ def test_speed_table_ratios_and_shares():
     assert "| 512 | fp32 | ReBerta | 1,024 | 1.00 | 50% | 3 |" in table
     assert "| 512 | fp32 | full attention | 410 | 2.50 | 20% | 3 |" in table
     assert "Roofline, fp32, GFLOP/s at start and end: 4, 2, 1." in table
+
+
+def test_aims_say_what_is_reached_and_what_a_miss_would_take():
+    def row(model: str, precision: str, mode: str, speed: float) -> dict[str, Any]:
+        cell = {"tokens": 4096, "precision": precision, "mode": mode, "model": model}
+        return {**cell, "seconds": 8192 / speed, "flops": 8192 * 10**6, "tokens_per_second": speed}
+
+    def content(*rows: dict[str, Any], batch: int = 2, amx: bool = True) -> dict[str, Any]:
+        return {
+            "options": {"layers": 6, "width": 384, "batch": batch},
+            "machine": {"amx": amx},
+            "sessions": [{"roofline_at_start": {"fp32": 4e9, "bf16": 8e9}}],
+            "rows": rows,
+        }
+
+    ours = row("ReBerta", "fp32", "training", 2000.0)
+    peers = row("full attention", "fp32", "training", 1000.0), row("BigBird", "fp32", "training", 200.0)
+    in_bf16 = row("ReBerta", "bf16", "training", 3000.0)
+    failed = {"tokens": 4096, "precision": "fp32", "mode": "training", "model": "Longformer", "error": "over 12 GB"}
+    memory = [
+        {"model": "ReBerta, memory level auto", "mode": "training", "tokens": tokens, "extra_mb": peak}
+        for tokens, peak in ((8192, 100), (129_024, 198))
+    ]
+    contents = {
+        "speed-one": content(ours, *peers, in_bf16, failed),
+        "speed-two": content(ours, in_bf16, amx=False),
+        "speed-another-batch": content(ours, *peers, batch=1),
+        "memory": {"rows": memory},
+    }
+    title, table, sentence = report_aims.aims(contents)
+    lines = table.splitlines()
+    assert (title, len(lines), lines[0]) == (
+        "## Aims",
+        2 + 12,
+        "| ReBerta's tokens a second | aim | speed-one | speed-two |",
+    )
+    for line in (
+        "| training, over full attention | 3.5 | 2.00, **missed**: 50% of the roofline, 88% would be needed |  |",
+        "| training, over BigBird | 6 | 10.00 |  |",
+        "| training, over Longformer | 12 |  |  |",
+        "| training, bf16 over its own fp32 | 2 (AMX) | 1.50, **missed**: 38% of the roofline, 50% would be needed "
+        "| 1.50 |",
+    ):
+        assert line in lines
+    assert sentence.endswith(
+        "198 MB at 129,024 tokens. The aim, 1.3 times the 100 MB at 8,192 and 64 MiB, is 197 MB: **missed**."
+    )
+    memory[1]["extra_mb"] = 197
+    assert report_aims.aims({"memory": {"rows": memory}})[1].endswith("is 197 MB: reached.")
+    assert report_aims.aims({"speed-another-batch": contents["speed-another-batch"]}) == []
 
 
 def test_the_committed_pages_are_those_that_the_committed_results_give():
