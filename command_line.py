@@ -41,10 +41,12 @@ def parse_settings(argv: Sequence[str] | None = None, *, description: str | None
     faults += [_unknown(word) for word in unknown if word.startswith("--")]
     faults += [f"{word!r} belongs to no option" for word in unknown if not word.startswith("--")][: not faults]
     file_values: dict[str, Any] = {}
+    is_read = True
     try:
         file_values = _read_config_file(Path(config_path)) if config_path else {}
     except ConfigError as error:
         faults.append(str(error))
+        is_read = False
     for key in sorted(set(file_values) - set(Settings.model_fields)):
         del file_values[key]
         faults.append(f"{config_path}: {_unknown(key)}")
@@ -54,10 +56,10 @@ def parse_settings(argv: Sequence[str] | None = None, *, description: str | None
             faults.append(f"{config_path}: {key}: {str(file_values.pop(key)).lower()} is no value of this option")
     values = {**defaults, **file_values, **flags}
     values = {name: None if value in ("none", "None") and _optional(name) else value for name, value in values.items()}
-    return _validate(values, {*file_values, *flags}, faults)
+    return _validate(values, {*file_values, *flags}, faults, is_whole=is_read)
 
 
-def _validate(values: dict[str, Any], said: set[str], faults: list[str]) -> Settings:
+def _validate(values: dict[str, Any], said: set[str], faults: list[str], *, is_whole: bool) -> Settings:
     wrong: set[str] = set()
     try:
         settings = Settings(**values)
@@ -66,8 +68,8 @@ def _validate(values: dict[str, Any], said: set[str], faults: list[str]) -> Sett
         faults += map(_say, error.errors())
         settings = Settings(**{name: value for name, value in values.items() if name not in wrong})
     settings, refused = with_preset(settings)
-    # they are about the mode, most of them
-    faults += [*refused, *contradictions(settings, said - wrong)] if "mode" not in wrong else []
+    if is_whole and "mode" not in wrong:  # which most of them are about
+        faults += [*refused, *contradictions(settings, said - wrong)]
     if faults:
         raise ConfigError("wrong options:\n" + "\n".join(f"  {fault}" for fault in dict.fromkeys(faults)))
     return settings

@@ -7,12 +7,12 @@ from pathlib import Path
 from config import Settings
 
 
-def contradictions(settings: Settings, said: set[str]) -> list[str]:
-    """What is wrong with a set of options; those that were not said, but left at their defaults, never contradict.
+def contradictions(settings: Settings, said: set[str], *, model_is_read: bool = False) -> list[str]:
+    """What is wrong with a set of options, of which the user has `said` some.
 
-    Nor do they where a model may bring its own in their place: training looks again when it has learned them.
+    Until the model is read, which may bring its own values of those that were left out, only what was said contradicts.
     """
-    known = said if settings.model_path is not None else set(Settings.model_fields)
+    known = set(Settings.model_fields) if model_is_read or settings.model_path is None else said
     trains = settings.mode.startswith("train")
     rules = [
         (
@@ -20,7 +20,9 @@ def contradictions(settings: Settings, said: set[str]) -> list[str]:
             "--train_windows is more than --max_windows: no document has so many to draw from",
         ),
         (
-            settings.text_column == settings.label_column,
+            settings.text_column == settings.label_column
+            and settings.mode != "predict"
+            and (settings.mode != "evaluate" or {"text_column", "label_column"} <= said),
             "--text_column and --label_column name one column",
         ),
         (
@@ -73,7 +75,7 @@ def contradictions(settings: Settings, said: set[str]) -> list[str]:
         (settings.int8 and settings.mixed_precision, "--int8 and --mixed_precision are two precisions; give one"),
         (settings.int8 and settings.device == "cuda", "--int8 does not go with --device cuda"),
         (
-            "alpha" in said and settings.carry != "residual",
+            "alpha" in said and "carry" in known and settings.carry != "residual",
             f"--alpha belongs to --carry residual, not {settings.carry}",
         ),
         (
@@ -85,7 +87,7 @@ def contradictions(settings: Settings, said: set[str]) -> list[str]:
             "--num_repeats does not go with --carry none: nothing is carried into a second reading",
         ),
         (
-            settings.global_alpha is not None and settings.aggregation != "encoder",
+            settings.global_alpha is not None and "aggregation" in known and settings.aggregation != "encoder",
             f"--global_alpha belongs to --aggregation encoder, not {settings.aggregation}",
         ),
         (

@@ -44,13 +44,15 @@ from models.checkpoint import (
     load_model_and_config,
     load_training_texts,
 )
-from models.registry import READING, build_model, built_with, learned_settings
+from models.registry import READING, build_model, built_with, learned_settings, refuse_other_architecture
+from models.transformer import TransformerClassifier
 from presets import with_preset
 from processes import join_processes, said_once
 from utils import (
     ConfigError,
     DataError,
     DataFormatError,
+    ModelError,
     StoppedError,
     TrainingError,
     clean_gpu_memory,
@@ -105,8 +107,8 @@ def fit(settings: Settings, *, epochs: int | None = None, steps: int | None = No
             logger.info("the run is at its end already: %s", resume_from)
             if not run.best_model.is_dir():
                 raise ConfigError(
-                    f"--resume {resume_from}: its run is at its end, and {run.best_model} holds no model; "
-                    "go on in that run's own folder, or from an earlier checkpoint"
+                    f"{resume_from}: its run is at its end, and {run.best_model} holds no model; put the best model "
+                    "back, or give --resume an earlier checkpoint"
                 )
         else:
             if settings.max_memory is not None:
@@ -120,6 +122,7 @@ def fit(settings: Settings, *, epochs: int | None = None, steps: int | None = No
     return Trained(run.best_model, run.folder, trainer.state.best_metric, trainer.signals.received)
 
 
+@error_handler(error_type=ModelError)
 def as_the_model_has_them(settings: Settings) -> Settings:
     """The settings; those that a saved model is gone on from are its own, where no option says otherwise.
 
@@ -127,14 +130,21 @@ def as_the_model_has_them(settings: Settings) -> Settings:
         ConfigError: options that contradict these.
         ModelError: it cannot be loaded.
     """
+    said, source = set(settings.model_fields_set), settings.model_path
+    before = contradictions(settings, said)
     faults: list[str] = []
-    said = {*settings.model_fields_set, *READING}
-    if settings.model_path is not None and is_checkpoint(settings.model_path):
-        saved = load_model_and_config(settings.model_path)
-        built = built_with(saved.model)
-        learned = learned_settings({**saved.settings, **built}, settings, (*READING, "model_type", *built))
-        settings, faults = with_preset(settings.model_copy(update=learned))
-    if faults := faults + contradictions(settings, said):
+    if source is not None and is_checkpoint(source):
+        saved = load_model_and_config(source)
+        learned = learned_settings(saved.settings, settings, (*READING, "model_type"))
+        settings = settings.model_copy(update=learned)
+        if isinstance(saved.model, TransformerClassifier) == (settings.model_type == "transformer"):
+            refuse_other_architecture(source, saved.model, settings)
+            settings = settings.model_copy(update=built_with(saved.model))
+        settings, faults = with_preset(settings)
+        if "model_type" not in said:
+            faults = [f"{fault} (as {source} is; --model_type reberta reads otherwise)" for fault in faults]
+    faults += [fault for fault in contradictions(settings, said, model_is_read=True) if fault not in before]
+    if faults:
         raise ConfigError("; ".join(faults))
     return settings
 
@@ -148,7 +158,7 @@ def load_data(settings: Settings, run: RunFolder) -> Data:
     tokenizer = find_tokenizer(source)
     options = dataset_options(settings, tokenizer)
     train_set = LongTextDataset(
-        train_files,
+        settings.train_path,
         augmentation=masking(settings, tokenizer),
         draw_windows=True,
         train_windows=settings.train_windows,
@@ -166,7 +176,7 @@ def load_data(settings: Settings, run: RunFolder) -> Data:
     options |= {"label_names": train_set.label_names}
     if "train_path" in settings.model_fields_set and "val_path" not in settings.model_fields_set:
         logger.warning("--val_path is not given: validation documents are those of %s", ", ".join(settings.val_path))
-    validation_set = LongTextDataset(val_files, quarantine_path=run.quarantine("validation"), **options)
+    validation_set = LongTextDataset(settings.val_path, quarantine_path=run.quarantine("validation"), **options)
     if is_main_process():
         run.record_data([*train_files, *val_files])
     warn_of_overlap(validation_set, "validation", train_set.text_hashes)
@@ -338,6 +348,7 @@ def run_training(trainer: ReBertaTrainer, resume_from: str | None) -> None:
         set_seed(trainer.args.seed + trainer.args.process_index)  # or all processes would drop out the same values
     with writing_to(trainer.run.folder), trainer.signals:
         trainer.train(resume_from_checkpoint=resume_from)
+        trainer.should_stop()  # a signal that came since it was last asked is known to all processes
     log_gpu_usage()
     clean_gpu_memory()
     if trainer.signals.received and trainer.state.global_step < trainer.state.max_steps:

@@ -287,7 +287,9 @@ def make_folder(folder: Path, option: str) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise
         raise ConfigError(f"--{option}: the folder {folder} cannot be made ({error.strerror}); give another") from error
 
 

@@ -217,8 +217,9 @@ def analyze_corpus(settings: Settings, find_tokenizer: Callable[[str], PreTraine
     }
     named = {split: files for split, (option, files) in paths.items() if option in settings.model_fields_set}
     lying = {split: files for split, (_, files) in paths.items() if all(Path(file).exists() for file in files)}
-    # looked for first: the tokenizer may have to be fetched
-    splits = {name: expand_paths(files) for name, files in (named or lying or {"train": settings.train_path}).items()}
+    splits = named or lying or {"train": settings.train_path}
+    for files in splits.values():
+        expand_paths(files)  # looked for first: the tokenizer may have to be fetched
     report = analyze(
         splits,
         find_tokenizer(settings.model_path or DEFAULT_ENCODER),

@@ -1,7 +1,7 @@
 """Documents prepared once: read, checked, tokenised and cut into windows, kept in a memory-mapped Arrow file.
 
-- the key of a cache is made of all that shapes it: the files (path, size, time of change), the tokenizer, the settings,
-  the version of this format; a change of any makes another cache
+- the key of a cache is made of all that shapes it: the files (path as written, size, time of change), the tokenizer,
+  the settings, the version of this format; a change of any makes another cache
 - built beside its place and moved into it when complete; one process builds, others wait for it
 - what is found incomplete, by the sizes of its files, is built again
 - the bad lines that were left out are kept with it, so that a second start reports them too

@@ -69,7 +69,7 @@ class LongTextDataset(Dataset[dict[str, Any]]):
 
     Raises DataFormatError (with file and line) for bad documents and labels that `label_names` does not know,
     DataLoadError for files that cannot be read, ModelError for a tokenizer that cannot be used, ConfigError for
-    options that cannot be.
+    options that cannot be. Without `on_bad_lines="skip"` what an earlier run left at `quarantine_path` is removed.
     """
 
     def __init__(

@@ -223,7 +223,8 @@ def _refuse_to_replace_another_model(run: RunFolder) -> None:
         raise ConfigError(
             f"--output_dir {run.folder}: {run.best_model} holds the best model of the run in {owner}; give another name"
         )
-    if _holds_files(run.best_model) and not (run.folder / SETTINGS_FILE).is_file():
+    is_taken = any(run.best_model.iterdir()) if run.best_model.is_dir() else run.best_model.exists()
+    if is_taken and not (run.folder / SETTINGS_FILE).is_file():
         raise ConfigError(
             f"--output_dir {run.folder}: {run.best_model}, where the best model of this run would lie, is not empty; "
             "give another name, or move that folder away"

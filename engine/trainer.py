@@ -109,7 +109,7 @@ class Watch:
         if not math.isfinite(self.gradient_norm):
             message = (
                 f"step {step}: the loss is finite but its gradient is not, so the update was not made. "
-                "Try --mixed_precision False, a lower --learning_rate or another encoder"
+                "Try full precision, a lower --learning_rate or another encoder"
             )
             raise said_once(TrainingError(message))
         if self.failed_windows > self.budget:
@@ -257,10 +257,9 @@ class ReBertaTrainer(PiecewiseTrainer):
         """A simple model, that has seen no gradient, needs a reason to be left."""
         gains_n = losses_n - self._losses_n
         gain, error = float(gains_n.mean()), float(gains_n.std()) / math.sqrt(len(gains_n))
-        if gain > error:
-            return True
-        logger.info("not clearly better than the probe: log loss lower by %.4f, standard error %.4f", gain, error)
-        return False
+        if gain <= error:
+            logger.info("not clearly better than the probe: log loss lower by %.4f, standard error %.4f", gain, error)
+        return not gain <= error  # a single document has no error
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         if not self.beats_the_probe:
@@ -327,11 +326,10 @@ class EngineCallback(TrainerCallback):
         self.trainer.watch.budget *= min(1.0, epochs)  # of a run that ends before its first epoch does
         if self.resume_from is not None and (watch := Path(self.resume_from) / WATCH_FILE).is_file():
             self.trainer.watch.load(watch)  # checkpoints of before it have none
-        elsewhere = self.resume_from is not None and Path(self.resume_from).parent.resolve() != run.folder.resolve()
-        if elsewhere:  # where the best model so far lies there, too: here it is chosen from what follows
+        if self.resume_from is not None and not run.best_model.is_dir():  # it lies elsewhere, if anywhere
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-        elif self.resume_from is not None and settings.probe_epochs and settings.metric_for_best == "log_loss":
-            self.trainer.probe_losses_n = load_file(Path(self.resume_from) / PROBE_FILE)["losses"]
+        elif self.resume_from is not None and (probe := Path(self.resume_from) / PROBE_FILE).is_file():
+            self.trainer.probe_losses_n = load_file(probe)["losses"]
         decay = settings.ema_decay
         if decay is None:
             return

@@ -40,7 +40,7 @@ ATTENTION = "reberta"
 ROTARY = "reberta_rotary"
 ROTARY_BASE = 10_000.0
 BERT_SHAPED = ("bert", "camembert", "data2vec-text", "electra", "ernie", "roberta", "xlm-roberta")  # `model_type`
-READS_PADDING = ("convbert", "mobilebert", "yoso")  # in transformers, whatever the mask says
+READS_PADDING = "canine", "convbert", "fnet", "mobilebert", "nystromformer", "yoso"  # whatever the mask says
 # as BERT, DistilBERT and ModernBERT call them
 HIDDEN_DROPOUT = ("hidden_dropout_prob", "dropout", "embedding_dropout", "mlp_dropout")
 ATTENTION_DROPOUT = ("attention_probs_dropout_prob", "attention_dropout")

@@ -44,7 +44,7 @@ def learned_settings(written: Mapping[str, Any], settings: Settings, names: Iter
     Raises:
         ValueError: of pydantic, where they are none; anyone may have written them.
     """
-    written = {"read": "first", **written}  # models of before that option have none
+    written = {"read": "first", "model_type": "reberta", **written}  # models of before these options have none
     learned = {name: written[name] for name in names if name not in settings.model_fields_set}
     return Settings(**learned).model_dump(include=set(learned))
 
@@ -55,9 +55,9 @@ def refuse_other_architecture(source: str, saved: PreTrainedModel, settings: Set
     changed = [n for n, value in built.items() if n in settings.model_fields_set and getattr(settings, n) != value]
     if changed:
         kept = ", ".join(f"--{name} {built[name]}" for name in changed)
-        given = "these options"
-        if fixed := FIXED[settings.model_type].keys() & changed:
-            given = f"--model_type {settings.model_type}" + (f" and {given}" if fixed != {*changed} else "")
+        fixed = FIXED[settings.model_type]
+        by_type = all(name in fixed and fixed[name] == getattr(settings, name) for name in changed)
+        given = f"--model_type {settings.model_type}" if by_type else "these options"
         raise ConfigError(f"{source} was built with {kept}; leave {given} out, or train from an encoder")
 
 

@@ -146,9 +146,21 @@ def test_training_on_keeps_what_a_saved_model_is(train, capsys):
     train("--model_path models/saved/mean --train_windows 21", "more", code=2)
     train("--model_path models/saved/mean --model_type max", "other", code=2)
     said = capsys.readouterr().err
+    train("--model_path models/saved/mean --carry gru", "carry", code=2)
+    said += capsys.readouterr().err
+    assert "was built with --carry none; leave these options out, or train from an encoder" in said
     assert "--train_windows is more than --max_windows" in said
     assert "was built with --aggregation mean; leave --model_type max out, or train from an encoder" in said
 
     train("--model_type head --window_size 16", "head")
     run = train("--model_type head --model_path models/saved/head", "head-further")
     assert json.loads((run / "settings.json").read_text())["window_size"] == 16
+    train("--model_path models/saved/head --max_windows 2", "longer", code=2)
+    assert "(as models/saved/head is; --model_type reberta reads otherwise)" in capsys.readouterr().err
+    train("--model_path models/saved/head --model_type reberta --max_windows 2 --carry none --aggregation mean", "more")
+
+    train("--window_size 12 --carry residual --alpha 0.7 --num_repeats 2 --global_alpha 0.5", "residual")
+    train("--model_path models/saved/residual --alpha 0.7", "residual-further")
+    train("--model_path models/saved/residual --model_type transformer", "tokenizer-alone")
+    train("--model_path models/saved/residual --carry none", "closed", code=2)
+    assert "models/saved/residual was built with --carry residual" in capsys.readouterr().err

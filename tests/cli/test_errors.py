@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import signal
+from pathlib import Path
 
 import pytest
 
 from main import main
+from train import Trained
 
 
 @pytest.fixture
@@ -89,6 +92,13 @@ def test_analysis_looks_for_the_data_first(fails):
     code, console = fails(arguments)
     assert code == 3
     assert "nowhere.jsonl: no such file" in console
+
+
+def test_a_signal_in_the_last_step_is_not_followed_by_an_evaluation(fails, monkeypatch):
+    monkeypatch.setattr("train.train", lambda settings: Trained(Path("best"), Path("logs/x"), 1.0, signal.SIGTERM))
+    code, console = fails("--config tiny.yaml --mode train_and_evaluate --output_dir logs/x")
+    assert code == 143
+    assert "training is finished and saved, logs/x; the test set was not evaluated" in console
 
 
 def test_debug_shows_the_traceback(fails):

@@ -149,6 +149,30 @@ def test_run_epoch_script_by_steps(project, command):
     assert "step 2/2" in done.stderr
 
 
+def test_folders_of_texts(project, command, tmp_path):
+    """Analysed, trained on, evaluated and predicted, as IMDB's folders are."""
+    for split, documents in (("train", 6), ("val", 3)):
+        for number in range(2 * documents):
+            text = tmp_path / split / ("neg" if number % 2 else "pos") / f"{number}.txt"
+            text.parent.mkdir(parents=True, exist_ok=True)
+            text.write_text(f"w{10 + number} w{20 + number % 2} " * 9)
+    config = f"--config {project}/tiny.yaml"
+    for arguments in (
+        f"{config} --mode analyze --train_path train --val_path val --output_dir analysis",
+        f"{config} --mode train_and_evaluate --epochs 1 --train_path train --val_path val --test_path val "
+        "--output_dir logs/texts",
+        f"{config} --mode predict --model_path models/saved/texts --input_path val --output_path out.csv",
+    ):
+        done = command(tmp_path, arguments)
+        assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "analysis" / "analysis.json").read_text())["splits"]["train"]["labels"] == {
+        "neg": 6,
+        "pos": 6,
+    }
+    assert json.loads((tmp_path / "logs" / "texts" / "evaluation" / "metrics.json").read_text())["documents"] == 6
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 1 + 6
+
+
 def test_analyze(project, command):
     done = command(project, "--config tiny.yaml --mode analyze --output_dir analysis")
     assert done.returncode == 0, done.stderr

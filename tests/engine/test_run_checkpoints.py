@@ -223,6 +223,24 @@ def test_what_lies_where_the_best_model_would_is_kept(start):
     assert of_another.exists()
 
 
+def test_a_run_that_went_on_elsewhere_goes_on_there(start, monkeypatch):
+    """Its checkpoints know of no probe. A renamed folder has no best model either."""
+    flags = "--mode train_steps --total_steps 8 --eval_every 2 --save_total_limit 9"
+    flags += " --probe_epochs 1 --metric_for_best log_loss"
+    run = start(flags)
+    other = start(f"{flags} --resume logs/run/checkpoint-2", "other")
+    shutil.rmtree(other / "checkpoint-8")
+    start(flags, "other")
+    assert names(other)[0] == "checkpoint-8"
+    run.rename("logs/renamed")
+    shutil.rmtree("logs/renamed/checkpoint-8")
+    start(flags, "renamed")
+    assert Path("models/saved/renamed/model.pt").is_file()
+    shutil.rmtree("models/saved/renamed")
+    with pytest.raises(ConfigError, match=r"logs/renamed/checkpoint-8: its run is at its end, and models/saved/ren"):
+        start(flags, "renamed")
+
+
 def test_a_run_of_a_made_up_folder_owns_its_best_model(start):
     run = start("--mode train_steps --total_steps 2 --eval_every 2 --output_dir none")
     saved = Path("models/saved") / run.name
