@@ -56,8 +56,9 @@ def export(settings: Settings) -> Path:
     if missing:
         raise ConfigError(f"--mode export needs {', '.join(missing)}: run `pip install {' '.join(PACKAGES)}`")
     folder = Path(settings.output_dir) if settings.output_dir else made_up_folder("export")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"--output_dir {folder}: is not an empty folder; give another")
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        what = "is a file" if folder.is_file() else "is not empty"
+        raise ConfigError(f"--output_dir {folder}: {what}; give another folder")
     make_folder(folder.parent, "output_dir")
     (model, _, _), tokenizer, _ = load_all(settings.model_path)
     if not isinstance(model, RecurrentRoBERTa):

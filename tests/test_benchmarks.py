@@ -212,7 +212,7 @@ def test_memory_measures_every_model_once_and_keeps_errors(tmp_path, page, monke
     memory.main(arguments)
     *rows, failed = read(output)["rows"]
     assert [row["model"] for row in rows] == [*memory.MODELS, "ReBerta"]
-    assert [row["mode"] for row in rows] == ["training"] * 8 + ["inference"]
+    assert [row["mode"] for row in rows] == ["training"] * 9 + ["inference"]
     assert all(row["before_mb"] > 100 and row["extra_mb"] >= 0 for row in rows)
     assert "max_windows is 511" in failed["error"]
 

@@ -75,7 +75,7 @@ def test_exit_code_and_message(project, fails, request, arguments, code, message
 def test_a_folder_that_cannot_be_made(trained, fails, arguments):
     code, console = fails(f"--config tiny.yaml {arguments.format(model=trained)}")
     assert code == 2, console
-    assert re.search("tiny.yaml(/run|/onnx)? cannot be made|tiny.yaml: is not an empty folder", console)
+    assert re.search("tiny.yaml(/run|/onnx)? cannot be made|tiny.yaml: is a file; give another folder", console)
     assert console.count(" ERROR ") == 1
     assert "Traceback" not in console
 
@@ -88,7 +88,7 @@ def test_an_error_is_said_whatever_the_log_level(fails):
 
 
 def test_analysis_looks_for_the_data_first(fails):
-    arguments = "--mode analyze --train_path nowhere.jsonl --model_path no/such/encoder --output_dir logs/nowhere"
+    arguments = "--mode analyze --train_path nowhere.jsonl --model_path no/such/encoder --output_dir logs/no-analysis"
     code, console = fails(arguments)
     assert code == 3
     assert "nowhere.jsonl: no such file" in console
