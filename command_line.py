@@ -34,19 +34,19 @@ def parse_settings(argv: Sequence[str] | None = None, *, description: str | None
     """
     given, unknown = _parser(description).parse_known_args(argv)
     flags = {name: value for name, value in vars(given).items() if value is not None}
-    missing = [name for name, value in flags.items() if value in (MISSING, [], "") or "" in list(value)]
+    missing = [name for name, value in flags.items() if value in (MISSING, [], "") or "" in list(value)]  # of paths
     faults = [f"--{name}: its value is missing" for name in missing]
     flags = {name: value for name, value in flags.items() if name not in missing}
     config_path = flags.pop("config", None)
     faults += [_unknown(word) for word in unknown if word.startswith("--")]
     faults += [f"{word!r} belongs to no option" for word in unknown if not word.startswith("--")][: not faults]
     file_values: dict[str, Any] = {}
-    is_read = True
+    is_whole = True
     try:
         file_values = _read_config_file(Path(config_path)) if config_path else {}
     except ConfigError as error:
         faults.append(str(error))
-        is_read = False
+        is_whole = False
     for key in sorted(set(file_values) - set(Settings.model_fields)):
         del file_values[key]
         faults.append(f"{config_path}: {_unknown(key)}")
@@ -56,7 +56,7 @@ def parse_settings(argv: Sequence[str] | None = None, *, description: str | None
             faults.append(f"{config_path}: {key}: {str(file_values.pop(key)).lower()} is no value of this option")
     values = {**defaults, **file_values, **flags}
     values = {name: None if value in ("none", "None") and _optional(name) else value for name, value in values.items()}
-    return _validate(values, {*file_values, *flags}, faults, is_whole=is_read)
+    return _validate(values, {*file_values, *flags}, faults, is_whole=is_whole)
 
 
 def _validate(values: dict[str, Any], said: set[str], faults: list[str], *, is_whole: bool) -> Settings:
