@@ -38,12 +38,7 @@ from engine.memory_plan import plan_memory
 from engine.objective import Objective
 from engine.run_folder import RunFolder, open_run_folder
 from engine.trainer import Data, EngineCallback, MetricsCallback, ReBertaTrainer
-from models.checkpoint import (
-    is_checkpoint,
-    load_checkpoint_tokenizer,
-    load_model_and_config,
-    load_training_texts,
-)
+from models.checkpoint import Saved, is_checkpoint, load_all, load_checkpoint_tokenizer
 from models.registry import READING, build_model, built_with, learned_settings, refuse_other_architecture
 from models.transformer import TransformerClassifier
 from presets import with_preset
@@ -96,12 +91,14 @@ def fit(settings: Settings, *, epochs: int | None = None, steps: int | None = No
         ConfigError, DataError, ModelError, TrainingError: as the stage that fails says it.
     """
     device = join_processes(get_device(settings.device))
-    settings = as_the_model_has_them(settings)
+    start = load_start(settings)
+    settings = with_settings_of(start, settings)
     with open_run_folder(settings) as (run, resume_from):
         set_seed(settings.seed)
         with PartialState().main_process_first():  # it prepares the data, and what is wrong is said once
-            data = load_data(settings, run)
-            model = build_model(settings, data.train.label_names, data.tokenizer)
+            data = load_data(settings, run, start)
+            model = build_model(settings, data.train.label_names, data.tokenizer, start and start.checkpoint.model)
+            del start  # or a second model would lie in memory while this one is trained
             trainer = build_trainer(settings, data, run, model, device, resume_from, epochs=epochs, steps=steps)
         if resume_from is not None and trainer.is_at_end(resume_from):
             logger.info("the run is at its end already: %s", resume_from)
@@ -122,24 +119,32 @@ def fit(settings: Settings, *, epochs: int | None = None, steps: int | None = No
     return Trained(run.best_model, run.folder, trainer.state.best_metric, trainer.signals.received)
 
 
+def load_start(settings: Settings) -> Saved | None:
+    """The saved model that training starts from, or None where it starts from an encoder.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    source = settings.model_path
+    return load_all(source) if source is not None and is_checkpoint(source) else None
+
+
 @error_handler(error_type=ModelError)
-def as_the_model_has_them(settings: Settings) -> Settings:
-    """The settings; those that a saved model is gone on from are its own, where no option says otherwise.
+def with_settings_of(start: Saved | None, settings: Settings) -> Settings:
+    """The settings, with those of the saved model that training starts from where no option says otherwise.
 
     Raises:
         ConfigError: options that contradict these.
-        ModelError: it cannot be loaded.
     """
-    said, source = set(settings.model_fields_set), settings.model_path
+    said = set(settings.model_fields_set)
     before = contradictions(settings, said)
     faults: list[str] = []
-    if source is not None and is_checkpoint(source):
-        saved = load_model_and_config(source)
-        learned = learned_settings(saved.settings, settings, (*READING, "model_type"))
-        settings = settings.model_copy(update=learned)
-        if isinstance(saved.model, TransformerClassifier) == (settings.model_type == "transformer"):
-            refuse_other_architecture(source, saved.model, settings)
-            settings = settings.model_copy(update=built_with(saved.model))
+    if start is not None:
+        source, (model, written, _) = str(settings.model_path), start.checkpoint
+        settings = settings.model_copy(update=learned_settings(written, settings, (*READING, "model_type")))
+        if isinstance(model, TransformerClassifier) == (settings.model_type == "transformer"):
+            refuse_other_architecture(source, model, settings)
+            settings = settings.model_copy(update=built_with(model))
         settings, faults = with_preset(settings)
         if "model_type" not in said:
             faults = [f"{fault} (as {source} is; --model_type reberta reads otherwise)" for fault in faults]
@@ -150,12 +155,14 @@ def as_the_model_has_them(settings: Settings) -> Settings:
 
 
 @error_handler(error_type=DataError)
-def load_data(settings: Settings, run: RunFolder) -> Data:
-    """Training and validation set, cut into windows. The labels are those of the training set."""
+def load_data(settings: Settings, run: RunFolder, start: Saved | None = None) -> Data:
+    """Training and validation set, cut into windows. The labels are those of the training set.
+
+    The tokenizer is that of `start`, the saved model that training starts from, or of the encoder.
+    """
     # looked for first: the tokenizer may have to be fetched
     train_files, val_files = expand_paths(settings.train_path), expand_paths(settings.val_path)
-    source = settings.model_path or DEFAULT_ENCODER
-    tokenizer = find_tokenizer(source)
+    tokenizer = load_tokenizer(settings.model_path or DEFAULT_ENCODER) if start is None else start.tokenizer
     options = dataset_options(settings, tokenizer)
     train_set = LongTextDataset(
         settings.train_path,
@@ -180,8 +187,9 @@ def load_data(settings: Settings, run: RunFolder) -> Data:
     if is_main_process():
         run.record_data([*train_files, *val_files])
     warn_of_overlap(validation_set, "validation", train_set.text_hashes)
-    earlier = load_training_texts(source) if is_checkpoint(source) else None
-    training_texts = train_set.text_hashes if earlier is None else np.union1d(earlier, train_set.text_hashes)
+    training_texts = train_set.text_hashes
+    if start is not None and start.training_texts is not None:
+        training_texts = np.union1d(start.training_texts, training_texts)
     return Data(train_set, validation_set, tokenizer, training_texts)
 
 

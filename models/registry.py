@@ -9,7 +9,6 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from config import DEFAULT_ENCODER, Settings
-from models.checkpoint import is_checkpoint, load_model_and_config
 from models.reberta import RecurrentRoBERTa
 from models.transformer import TransformerClassifier, TransformerConfig
 from presets import FIXED
@@ -66,43 +65,40 @@ def built_with(model: PreTrainedModel) -> dict[str, Any]:
     return {name: getattr(model.config, name) for name in ARCHITECTURE if hasattr(model.config, name)}
 
 
-def build_reberta(settings: Settings, label_names: list[str], tokenizer: PreTrainedTokenizerBase) -> RecurrentRoBERTa:
-    """A fresh model around a pretrained encoder, or one that starts from a checkpoint."""
+def build_reberta(
+    settings: Settings, label_names: list[str], tokenizer: PreTrainedTokenizerBase, start: PreTrainedModel | None
+) -> RecurrentRoBERTa:
+    """A fresh model around a pretrained encoder, or one with the weights of `start`."""
     options = {**reberta_options(settings), **label_options(settings, label_names)}
     options["cls_token_id"] = tokenizer.cls_token_id
-    source = settings.model_path or DEFAULT_ENCODER
-    if not is_checkpoint(source):
-        return RecurrentRoBERTa(encoder=source, **options)
-    saved = load_model_and_config(source).model
-    if not isinstance(saved, RecurrentRoBERTa):
-        raise ConfigError(f"{source} has no encoder: start from one, or go on with --model_type transformer")
-    refuse_other_architecture(source, saved, settings)
-    options |= built_with(saved)
-    model = RecurrentRoBERTa(encoder=saved.config.encoder_config, **options)
-    _take_weights(model, saved, source)
+    if start is None:
+        return RecurrentRoBERTa(encoder=settings.model_path or DEFAULT_ENCODER, **options)
+    if not isinstance(start, RecurrentRoBERTa):
+        raise ConfigError(
+            f"{settings.model_path} has no encoder: start from one, or go on with --model_type transformer"
+        )
+    model = RecurrentRoBERTa(encoder=start.config.encoder_config, **options)
+    _take_weights(model, start, settings)
     return model
 
 
 def build_transformer(
-    settings: Settings, label_names: list[str], tokenizer: PreTrainedTokenizerBase
+    settings: Settings, label_names: list[str], tokenizer: PreTrainedTokenizerBase, start: PreTrainedModel | None
 ) -> TransformerClassifier:
-    """A small Transformer from scratch, of which `--model_path` gives the tokenizer, or one from a checkpoint."""
+    """A small Transformer from scratch, or one with the weights of `start`, where that is one, too."""
     options = {name: getattr(settings, name) for name in (*READING, "dropout")}
     options |= {"memory_level": _memory_level(settings), "vocab_size": len(tokenizer)}
     model = TransformerClassifier(TransformerConfig(**options, **label_options(settings, label_names)))
-    source = settings.model_path or DEFAULT_ENCODER
-    if is_checkpoint(source):
-        saved = load_model_and_config(source).model
-        if isinstance(saved, TransformerClassifier):
-            _take_weights(model, saved, source)
+    if isinstance(start, TransformerClassifier):
+        _take_weights(model, start, settings)
     return model
 
 
-def _take_weights(model: PreTrainedModel, saved: PreTrainedModel, source: str) -> None:
-    """Start from the weights of a checkpoint; its classifier only where it knows the same labels."""
-    weights = saved.state_dict()
-    if saved.config.id2label != model.config.id2label:
-        logger.warning("%s knows other labels: its classifier is replaced by a fresh one", source)
+def _take_weights(model: PreTrainedModel, start: PreTrainedModel, settings: Settings) -> None:
+    """Copy the weights of `start`; those of its classifier only where it knows the same labels."""
+    weights = start.state_dict()
+    if start.config.id2label != model.config.id2label:
+        logger.warning("%s knows other labels: its classifier is replaced by a fresh one", settings.model_path)
         weights = {name: value for name, value in weights.items() if not name.startswith("classifier.")}
     model.load_state_dict({**model.state_dict(), **weights})
 
@@ -126,21 +122,26 @@ def freeze_except_last(encoder: PreTrainedModel, layers: int) -> None:
         parameter.requires_grad_(id(parameter) in trained)
 
 
-MODEL_TYPES: dict[str, Callable[[Settings, list[str], PreTrainedTokenizerBase], PreTrainedModel]] = {
+MODEL_TYPES: dict[str, Callable[..., RecurrentRoBERTa | TransformerClassifier]] = {
     **dict.fromkeys(("reberta", "head", "head_tail", "random_windows", "mean", "max", "tobert"), build_reberta),
     "transformer": build_transformer,
 }
 
 
 @error_handler(error_type=ModelError)
-def build_model(settings: Settings, label_names: list[str], tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """The model that `--model_type` names.
+def build_model(
+    settings: Settings,
+    label_names: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    start: PreTrainedModel | None = None,
+) -> PreTrainedModel:
+    """The model that `--model_type` names; its weights are those of `start`, where training starts from a saved model.
 
     Raises:
-        ModelError: the encoder or checkpoint cannot be found or loaded.
+        ModelError: the encoder cannot be found or loaded.
         ConfigError: options that this encoder cannot do.
     """
-    model = MODEL_TYPES[settings.model_type](settings, label_names, tokenizer)
+    model = MODEL_TYPES[settings.model_type](settings, label_names, tokenizer, start)
     if settings.freeze_except_last is not None:
         freeze_except_last(model.encoder, settings.freeze_except_last)
     return model
