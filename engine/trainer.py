@@ -15,9 +15,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,10 +34,11 @@ from engine.objective import Objective
 from engine.piecewise import PiecewiseTrainer
 from engine.run_checkpoints import STATE_FILE, keep, seal
 from engine.run_folder import RunFolder
-from evaluation_utils import check_windows, classification_metrics, failed_places, predict
+from engine.watch import Watch
+from evaluation_utils import check_windows, classification_metrics, predict
 from models.checkpoint import save_checkpoint
-from processes import StopSignals, gather, said_once
-from utils import TrainingError, logger, write_text
+from processes import StopSignals, gather
+from utils import logger, write_text
 from visualization_utils import save_run_curves
 
 EMA_FILE = "ema.safetensors"
@@ -56,65 +55,6 @@ class Data(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     training_texts: np.ndarray
     """Hashes of all texts that the model will have been trained on, int64."""
-
-
-class Watch:
-    """Looks at each update before it is made: every logit and gradient finite, few enough failed windows, in all
-    processes.
-
-    A GPU is waited for then, once an update is computed. `budget` is the number of windows of an epoch, or of a shorter
-    run, that may fail.
-    """
-
-    gradient_norm: float | Tensor = 0.0
-    """Of the update that is at work; not looked at where a GradScaler sees to it."""
-
-    def __init__(self, ids: Sequence[str], budget: float) -> None:
-        self.ids, self.budget = ids, budget
-        self.failed_windows = 0
-        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def add(self, index_B: Tensor, outputs: Any, loss: Tensor) -> None:
-        finite_B = outputs.logits.detach().isfinite().all(-1)
-        finite_B &= loss.detach().isfinite() | ~finite_B.all()  # no logit to blame: the whole batch
-        self._seen.append((index_B, finite_B, outputs.hidden_states.window_failures))
-
-    def forget(self) -> None:
-        """Drop the update that is at work."""
-        self._seen = []
-
-    def save(self, path: Path) -> None:
-        """What a run must know that goes on in mid-epoch."""
-        write_text(path, json.dumps({"failed_windows": self.failed_windows}))
-
-    def load(self, path: Path) -> None:
-        self.failed_windows = json.loads(path.read_text(encoding="utf-8"))["failed_windows"]
-
-    def check(self, step: int) -> None:
-        """Raises TrainingError, naming the step and the documents of all processes."""
-        seen, self._seen = self._seen, []
-        bad = [self.ids[i] for index_B, finite_B, _ in seen for i in index_B[~finite_B].tolist()]
-        places = failed_places([index_B for index_B, _, _ in seen], [failed_BN for _, _, failed_BN in seen])
-        failures = [(self.ids[i], window) for i, window in places]
-        bad, failures = (list(chain(*lists)) for lists in zip(*gather((bad, failures)), strict=True))
-        for document, window in failures:
-            logger.warning("step %d: %s, window %d: its state is not finite", step, document, window)
-        self.failed_windows += len(failures)
-        if bad:
-            message = (
-                f"step {step}: the loss is not finite, so the update was not made; documents: {', '.join(bad)}. "
-                "Try a lower --learning_rate, --mixed_precision_type bf16 or full precision"
-            )
-            raise said_once(TrainingError(message))
-        if not math.isfinite(self.gradient_norm):
-            message = (
-                f"step {step}: the loss is finite but its gradient is not, so the update was not made. "
-                "Try full precision, a lower --learning_rate or another encoder"
-            )
-            raise said_once(TrainingError(message))
-        if self.failed_windows > self.budget:
-            message = f"step {step}: {self.failed_windows} windows of this epoch failed, over --max_window_failures"
-            raise said_once(TrainingError(f"{message} of them"))
 
 
 class ReBertaTrainer(PiecewiseTrainer):
@@ -279,11 +219,7 @@ class ReBertaTrainer(PiecewiseTrainer):
         super()._save_checkpoint(model, trial)
         name = f"checkpoint-{self.state.global_step}"
         if self.args.should_save:
-            self.watch.save(self.run.staging / name / WATCH_FILE)
-        if self.args.should_save and self.ema is not None:
-            save_file(self.ema.state_dict(), self.run.staging / name / EMA_FILE)
-        if self.args.should_save and self.probe_losses_n is not None:
-            save_file({"losses": self.probe_losses_n}, self.run.staging / name / PROBE_FILE)
+            self._save_own_state(self.run.staging / name)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             seal(self.run.staging / name, self.run.folder / name)
@@ -291,6 +227,25 @@ class ReBertaTrainer(PiecewiseTrainer):
             keep(self.run.folder, self.settings.save_total_limit, self.state.best_global_step)
             self.run.report(checkpoint=name)
         self.accelerator.wait_for_everyone()
+
+    def _save_own_state(self, checkpoint: Path) -> None:
+        """What Trainer knows nothing of."""
+        self.watch.save(checkpoint / WATCH_FILE)
+        if self.ema is not None:
+            save_file(self.ema.state_dict(), checkpoint / EMA_FILE)
+        if self.probe_losses_n is not None:
+            save_file({"losses": self.probe_losses_n}, checkpoint / PROBE_FILE)
+
+    def load_own_state(self, checkpoint: Path) -> None:
+        """What `_save_own_state` wrote. The best metric so far is forgotten where its model is gone."""
+        if (watch := checkpoint / WATCH_FILE).is_file():  # checkpoints of before it have none
+            self.watch.load(watch)
+        if self.ema is not None:
+            self.ema.load_state_dict(load_file(checkpoint / EMA_FILE))
+        if not self.run.best_model.is_dir():  # it lies elsewhere, if anywhere
+            self.state.best_metric = self.state.best_global_step = self.state.best_model_checkpoint = None
+        elif (probe := checkpoint / PROBE_FILE).is_file():
+            self.probe_losses_n = load_file(probe)["losses"]
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Weights and configuration only: the pickled TrainingArguments that Trainer adds are of no use here."""
@@ -321,21 +276,12 @@ class EngineCallback(TrainerCallback):
         self.trainer, self.resume_from = trainer, resume_from
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        settings, run = self.trainer.settings, self.trainer.run
         epochs = state.max_steps * args.gradient_accumulation_steps / len(self.trainer.train_sampler)
         self.trainer.watch.budget *= min(1.0, epochs)  # of a run that ends before its first epoch does
-        if self.resume_from is not None and (watch := Path(self.resume_from) / WATCH_FILE).is_file():
-            self.trainer.watch.load(watch)  # checkpoints of before it have none
-        if self.resume_from is not None and not run.best_model.is_dir():  # it lies elsewhere, if anywhere
-            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
-        elif self.resume_from is not None and (probe := Path(self.resume_from) / PROBE_FILE).is_file():
-            self.trainer.probe_losses_n = load_file(probe)["losses"]
-        decay = settings.ema_decay
-        if decay is None:
-            return
-        self.trainer.ema = AveragedModel(self.trainer.model, multi_avg_fn=get_ema_multi_avg_fn(decay))
+        if (decay := self.trainer.settings.ema_decay) is not None:
+            self.trainer.ema = AveragedModel(self.trainer.model, multi_avg_fn=get_ema_multi_avg_fn(decay))
         if self.resume_from is not None:
-            self.trainer.ema.load_state_dict(load_file(Path(self.resume_from) / EMA_FILE))
+            self.trainer.load_own_state(Path(self.resume_from))
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         done = state.epoch or 0
