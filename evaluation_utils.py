@@ -27,16 +27,13 @@ from tqdm import tqdm
 from calibration import calibration_error, claims, confidences, log_losses, predicted_labels, probabilities
 from config import Settings
 from data_utils.predictions import harmless, label_cell
-from figure_text import display_width, shorten
+from evaluation_report import MEASURES, MOST_NAMES, format_report
 from processes import gather, said_once
 from utils import DataError, ModelError, TrainingError, atomic_path, error_handler, is_main_process, logger, write_text
 from visualization_utils import save_class_metrics, save_confusion_matrix, save_reliability
 
 LENGTH_EDGES = (512, 1024, 2048, 4096, 8192, 16384)
-MOST_NAMES = 20  # failures that are named in a log or report; all are counted
 MAX_WINDOW_FAILURES: float = Settings.model_fields["max_window_failures"].default
-MEASURES = ("precision", "recall", "f1")
-CALIBRATED = {"log_loss": "log loss", "ece": "calibration error", "ece_classwise": "error by class"}
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,7 @@ def classification_metrics(
 
 
 def _calibration_metrics(truth: np.ndarray, probabilities: np.ndarray, multi: bool) -> dict[str, float]:
-    """What `CALIBRATED` names."""
+    """`log_loss`, `ece` and `ece_classwise`."""
     truth_nC = truth if multi else np.eye(probabilities.shape[1], dtype=np.int64)[truth]
     return {
         "log_loss": float(log_losses(probabilities, truth).mean()),
@@ -198,9 +195,6 @@ def evaluate_model(
     thresholds: Sequence[float] | None = None,
     max_window_failures: float = MAX_WINDOW_FAILURES,
     predictions_path: str | Path | None = None,
-    ids: Sequence[str] | None = None,
-    token_counts: Sequence[int] | np.ndarray | None = None,
-    coverage: Mapping[str, Any] | None = None,
     overlap_with_training: int | None = None,
 ) -> dict[str, Any]:
     """Score `model` on labelled documents and write the report to `log_dir`.
@@ -208,9 +202,9 @@ def evaluate_model(
     Writes `evaluation_results.txt`, `metrics.json`, `class_metrics.png`, `confusion_matrix.png`, `reliability.png`, and
     with `predictions_path` a CSV file: id, label, predicted, confidence, one probability a class. Problem type,
     `temperature` and `thresholds` are those that the model's configuration holds, the latter two fitted to its
-    validation data (see `calibration`), where nothing else is given. `ids`, `token_counts` and
-    `coverage` (of all documents, by their place in the data set) are the data set's own where it has them.
-    `overlap_with_training` is how many of the documents the model was trained on, where that is known.
+    validation data (see `calibration`), where nothing else is given. Of the data set `ids`, `token_counts` (of all
+    documents, in its order), `coverage()` and `skipped` are reported where it has them. `overlap_with_training` is how
+    many of the documents the model was trained on, where that is known.
 
     Returns: what metrics.json holds: `classification_metrics` of the calibrated probabilities, `temperature`, and
     `log_loss`, `ece` and `ece_classwise` without it (`*_uncalibrated`); `documents`, `windows`, `failed_windows`,
@@ -222,20 +216,17 @@ def evaluate_model(
         ModelError: as many labels as the model has classes are needed.
         TrainingError: a share of more than `max_window_failures` of the windows failed, or all those of a document.
     """
-    own: Any = data_loader.dataset
+    dataset: Any = data_loader.dataset
     config = getattr(model, "config", None)
     known = getattr(config, "problem_type", None) or "single_label_classification"
     problem_type = problem_type or known.removesuffix("_classification")
     temperature = getattr(config, "calibration_temperature", 1.0) if temperature is None else temperature
     thresholds = getattr(config, "thresholds", None) if thresholds is None else thresholds
-    ids = getattr(own, "ids", None) if ids is None else ids
-    token_counts = getattr(own, "token_counts", None) if token_counts is None else token_counts
-    coverage = own.coverage() if coverage is None and hasattr(own, "coverage") else coverage
 
     prediction = predict(model, data_loader, device)
     if not is_main_process():
         return {}
-    names = {i: str(i) if ids is None else ids[i] for i in prediction.index.tolist()}
+    names = {i: dataset.ids[i] if hasattr(dataset, "ids") else str(i) for i in prediction.index.tolist()}
     labels = _checked_labels(prediction, names, label_names, max_window_failures)
     raw_scores = probabilities(prediction.logits, problem_type)
     scores = probabilities(prediction.logits, problem_type, temperature)
@@ -246,14 +237,14 @@ def evaluate_model(
     metrics |= {"temperature": temperature, **{f"{name}_uncalibrated": value for name, value in uncalibrated.items()}}
     metrics |= {"windows": prediction.windows, "failed_windows": prediction.failed_windows}
     metrics["window_failures"] = [{"document": names[i], "window": window} for i, window in prediction.failures]
-    if token_counts is not None:
-        metrics["by_length"] = metrics_by_length(labels, predicted, np.asarray(token_counts)[prediction.index])
-    if coverage is not None:
-        metrics["coverage"] = dict(coverage)
+    if hasattr(dataset, "token_counts"):
+        metrics["by_length"] = metrics_by_length(labels, predicted, dataset.token_counts[prediction.index])
+    if hasattr(dataset, "coverage"):
+        metrics["coverage"] = dataset.coverage()
     if thresholds is not None:
         metrics["thresholds"] = list(thresholds)
-    if (bad_lines := getattr(own, "skipped", None)) is not None:
-        metrics["bad_lines"] = bad_lines
+    if hasattr(dataset, "skipped"):
+        metrics["bad_lines"] = dataset.skipped
     if overlap_with_training is not None:
         metrics["overlap_with_training"] = overlap_with_training
 
@@ -340,75 +331,3 @@ def _save_predictions(
         ):
             cells = [harmless(name), label_cell(truth, label_names), label_cell(said, label_names)]
             writer.writerow([*cells, float(sure), *row.tolist()])
-
-
-def format_report(metrics: Mapping[str, Any]) -> str:
-    """evaluation_results.txt: what `evaluate_model` returns, for people."""
-    documents, windows = metrics["documents"], metrics["windows"]
-    correct = round(metrics["accuracy"] * documents)
-    facts = [
-        ("documents", f"{documents:,}"),
-        ("accuracy", f"{metrics['accuracy']:.4f} ({correct:,} of {documents:,} documents)"),
-        *((f"F1 {average}", f"{metrics[f'f1_{average}']:.4f}") for average in _averages(metrics)),
-        ("temperature", f"{metrics['temperature']:.4f}"),
-        *(
-            (fact, f"{metrics[name]:.4f} (uncalibrated {metrics[f'{name}_uncalibrated']:.4f})")
-            for name, fact in CALIBRATED.items()
-        ),
-    ]
-    if coverage := metrics.get("coverage"):
-        read, total = coverage["tokens_read"], coverage["tokens_total"]
-        facts.append(("tokens read", f"{read:,} of {total:,} ({coverage['share']:.1%})"))
-        facts.append(("documents cut", f"{coverage['documents_truncated']:,}"))
-    if metrics.get("bad_lines"):
-        facts.append(("bad lines", f"{metrics['bad_lines']:,}, left out of all this"))
-    if "overlap_with_training" in metrics:
-        facts.append(("trained on too", f"{metrics['overlap_with_training']:,}"))
-    facts.append(("windows failed", f"{metrics['failed_windows']:,} of {windows:,}"))
-    width = max(len(name) for name, _ in facts)
-    parts = ["\n".join(f"{name:<{width}}  {fact}" for name, fact in facts), _class_table(metrics)]
-    if by_length := metrics.get("by_length"):
-        rows = [(_range(row), f"{row['documents']:,}", *_numbers(row, ("accuracy", "f1_macro"))) for row in by_length]
-        parts.append(_table([("tokens", "documents", "accuracy", "F1 macro"), *rows]))
-    if failures := metrics["window_failures"]:
-        lines = [f"{failure['document']}, window {failure['window']}" for failure in failures[:MOST_NAMES]]
-        lines += [f"and {more:,} more, which metrics.json names"] if (more := len(failures) - MOST_NAMES) > 0 else []
-        parts.append("\n".join(["windows that failed", "-------------------", *lines]))
-    return "\n\n".join(parts) + "\n"
-
-
-def _averages(metrics: Mapping[str, Any]) -> list[str]:
-    return [average for average in ("macro", "weighted", "micro") if f"f1_{average}" in metrics]
-
-
-def _numbers(row: Mapping[str, float], keys: Sequence[str]) -> list[str]:
-    return [f"{row[key]:.4f}" for key in keys]
-
-
-def _class_table(metrics: Mapping[str, Any]) -> str:
-    rows: list[Sequence[str]] = [("class", "precision", "recall", "F1", "documents")]
-    for row in metrics["per_class"]:
-        rows.append((shorten(" ".join(row["label"].split()), 60), *_numbers(row, MEASURES), f"{row['support']:,}"))
-    no_threshold = [""] if "thresholds" in metrics else []
-    if "thresholds" in metrics:
-        thresholds = [f"{threshold:.4f}" for threshold in metrics["thresholds"]]
-        rows = [(*row, cell) for row, cell in zip(rows, ["threshold", *thresholds], strict=True)]
-    for average in _averages(metrics):
-        keys = [f"{measure}_{average}" for measure in MEASURES]
-        rows.append((f"({average} average)", *_numbers(metrics, keys), f"{metrics['documents']:,}", *no_threshold))
-    return _table(rows)
-
-
-def _range(row: Mapping[str, Any]) -> str:
-    return f"{row['from']:,} and more" if row["to"] is None else f"{row['from']:,} to {row['to'] - 1:,}"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned by what is seen, the first to the left; a rule below the first row."""
-    widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [first + " " * (widths[0] - display_width(first))]
-        cells += [f"{cell:>{width}}" for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join(cells))
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

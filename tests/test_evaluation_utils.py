@@ -362,16 +362,10 @@ def test_calibrated_and_not(tmp_path, problem_type):
 @pytest.mark.parametrize("cell", ["=1+1", "+1", "-1", "@SUM(A1)", "\tx", "\rx"])
 def test_no_cell_is_a_formula(tmp_path, cell):
     dataset = Documents([0, 1])
+    dataset.ids = [cell, "x"]
     path = tmp_path / "predictions.csv"
-    evaluate_model(
-        Table([[1.0, 0.0], [0.0, 1.0]]),
-        loader(dataset),
-        "cpu",
-        [cell, "b"],
-        tmp_path,
-        ids=[cell, "x"],
-        predictions_path=path,
-    )
+    model = Table([[1.0, 0.0], [0.0, 1.0]])
+    evaluate_model(model, loader(dataset), "cpu", [cell, "b"], tmp_path, predictions_path=path)
     first, second = rows_of(path)
     assert first["id"] == first["label"] == first["predicted"] == f"'{cell}"
     assert second["label"] == "b"
