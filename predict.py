@@ -26,9 +26,10 @@ from data_utils.cache import Preparation
 from data_utils.dataset import evaluation_loader
 from data_utils.parts import Parts
 from data_utils.predictions import FORMATS, Row
-from data_utils.readers import Quarantine, checked_records, expand_paths
+from data_utils.readers import Quarantine, expand_paths
 from data_utils.records import Columns
 from data_utils.stream import DocumentPart, documents_in_parts, one_ahead
+from data_utils.windows import Reading
 from evaluate import Reader, load_reader
 from evaluation_utils import check_documents, check_share, predict
 from models.checkpoint import checkpoint_hash
@@ -67,7 +68,7 @@ def predict_corpus(settings: Settings) -> None:
     preparation = Preparation(
         files=tuple(files),
         tokenizer=reader.tokenizer,
-        **{name: getattr(reader.settings, name) for name in READING},
+        reading=Reading(**{name: getattr(reader.settings, name) for name in READING}),
         columns=Columns(reader.settings.text_column, label=None, needs_label=False),
         problem_type=reader.settings.problem_type,
         skip_bad_lines=settings.on_bad_lines == "skip",
@@ -131,16 +132,11 @@ def predict_parts(
     reader: Reader, preparation: Preparation, parts: Parts, share: Share, quarantine: Quarantine
 ) -> list[int]:
     """Write the parts of this share that are not there yet. Returns the number of documents of every part."""
-    records = checked_records(
-        preparation.files,
-        preparation.columns,
-        preparation.problem_type,
-        quarantine if preparation.skip_bad_lines else None,
-    )
 
     def wanted(number: int) -> bool:
         return number % share.of == share.number and parts.counts(number) is None
 
+    records = preparation.records(quarantine)
     stream = documents_in_parts(records, preparation, PART_DOCUMENTS, PART_CHARACTERS, wanted)
     documents: list[int] = []
     before = stamps(preparation.files)

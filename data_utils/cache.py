@@ -31,10 +31,10 @@ from transformers import PreTrainedTokenizerBase
 from config import Settings
 from data_utils.overlap import text_hash
 from data_utils.readers import Quarantine, checked_records
-from data_utils.records import Columns, ProblemType
+from data_utils.records import Columns, ProblemType, Record
 from data_utils.tokenization import Tokens, tokenize
-from data_utils.windows import Draw, Read, capacity, check_window_options, flat_windows, read_positions, word_starts_at
-from utils import ConfigError, DataLoadError, ResourceError, logger, writing_to
+from data_utils.windows import Reading, flat_windows, word_starts_at
+from utils import DataLoadError, ResourceError, logger, writing_to
 
 FORMAT = 3
 DEFAULT_CACHE = Path(Settings.model_fields["cache_dir"].default).expanduser()
@@ -61,54 +61,31 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Preparation:
-    """All that shapes the prepared documents. Raises ConfigError for windows that cannot be cut."""
+    """All that shapes the prepared documents."""
 
     files: tuple[Path, ...]
     tokenizer: PreTrainedTokenizerBase
-    window_size: int
-    window_overlap: int
-    max_windows: int | None
-    max_len: int | None
+    reading: Reading
     columns: Columns
     problem_type: ProblemType
     skip_bad_lines: bool
     words: bool
-    read: Read = "first"
 
-    def __post_init__(self) -> None:
-        check_window_options(self.window_size, self.window_overlap, self.max_windows, self.read)
-        if self.max_len is not None and self.max_len < 1:
-            raise ConfigError(f"--max_len {self.max_len}: must be at least 1")
-
-    @property
-    def token_limit(self) -> int | None:
-        """How many content tokens of a document are read at most."""
-        limits = [limit for limit in (self.max_len, self.room) if limit is not None]
-        return min(limits, default=None)
-
-    @property
-    def room(self) -> int | None:
-        """How many content tokens the windows hold."""
-        if self.max_windows is None:
-            return None
-        return capacity(self.max_windows, self.window_size, self.window_overlap)
-
-    def positions(self, tokens: int, draw: Draw | None = None) -> np.ndarray:
-        """Which of a document's content tokens are read (see `read_positions`)."""
-        if self.max_len is not None:
-            tokens = min(tokens, self.max_len)
-        return read_positions(tokens, self.room, self.read, self.window_size, draw)
+    def records(self, quarantine: Quarantine) -> Iterator[Record]:
+        """The documents of the files; bad lines go to `quarantine`, or end the reading where none may be skipped."""
+        return checked_records(self.files, self.columns, self.problem_type, quarantine if self.skip_bad_lines else None)
 
     def key(self) -> str:
         """A name for the cache of exactly this preparation."""
+        reading = self.reading
         content = {
             "format": FORMAT,
             "files": [_stamp(file) for file in self.files],
             "tokenizer": self._tokenizer_hash,
             "tokenizers": tokenizers.__version__,
             "special": [self.tokenizer.cls_token_id, self.tokenizer.sep_token_id],
-            "windows": [self.window_size, self.window_overlap, self.token_limit],
-            "read": [self.read, *([] if self.read == "first" else [self.max_len, self.room])],
+            "windows": [reading.window_size, reading.window_overlap, reading.token_limit],
+            "read": [reading.read, *([] if reading.read == "first" else [reading.max_len, reading.room])],
             "reading": [self.columns, self.problem_type, self.skip_bad_lines, self.words],
         }
         return hashlib.sha256(json.dumps(content).encode("utf-8")).hexdigest()[:32]
@@ -135,14 +112,12 @@ class Preparation:
         (folder / MANIFEST).write_text(json.dumps(sizes), encoding="utf-8")
 
     def _tokenized(self, quarantine: Quarantine) -> Iterator[tuple[Row, Tokens]]:
-        records = checked_records(
-            self.files, self.columns, self.problem_type, quarantine if self.skip_bad_lines else None
-        )
-        bar = tqdm(records, desc="Preparing documents", unit=" documents", disable=None)
+        bar = tqdm(self.records(quarantine), desc="Preparing documents", unit=" documents", disable=None)
         rows = (((*record[1:], text_hash(record.text)), record.text) for record in bar)
         return tokenize(self.tokenizer, rows, self.words)
 
     def _record_batch(self, documents: list[tuple[Row, Tokens]]) -> pa.RecordBatch:
+        reading = self.reading
         rows, tokens = zip(*documents, strict=True)
         labels, names, sources, hashes = zip(*rows, strict=True)
         lengths_D = np.array([len(document.ids) for document in tokens])
@@ -150,13 +125,13 @@ class Preparation:
         ids = np.concatenate([document.ids for document in kept])
         kept_D = np.array([len(document.ids) for document in kept])
         stored, slots_D = ids, kept_D
-        if self.read != "random":
+        if reading.read != "random":
             special = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
-            stored, slots_D = flat_windows(ids, kept_D, self.window_size, *special, self.window_overlap)
+            stored, slots_D = flat_windows(ids, kept_D, reading.window_size, *special, reading.window_overlap)
         columns = {
             "windows": _lists(stored, slots_D),
             "tokens": lengths_D,
-            "tokens_read": lengths_D if self.token_limit is None else np.minimum(lengths_D, self.token_limit),
+            "tokens_read": lengths_D if reading.token_limit is None else np.minimum(lengths_D, reading.token_limit),
             "labels": [[label] if isinstance(label, str) else label for label in labels],
             "id": names,
             "source": sources,
@@ -170,10 +145,10 @@ class Preparation:
     def _kept(self, document: Tokens) -> Tokens:
         """The tokens that its windows are cut from."""
         ids, word_starts = document
-        if self.read == "head_tail":
-            places = self.positions(len(ids))
+        if self.reading.read == "head_tail":
+            places = self.reading.positions(len(ids))
             return Tokens(ids[places], None if word_starts is None else word_starts_at(word_starts, places))
-        limit = self.max_len if self.read == "random" else self.token_limit
+        limit = self.reading.max_len if self.reading.read == "random" else self.reading.token_limit
         return Tokens(ids[:limit], None if word_starts is None else word_starts[:limit])
 
 

@@ -38,12 +38,10 @@ from data_utils.tokenization import load_tokenizer, tokenize
 from data_utils.windows import (
     Draw,
     Read,
-    capacity,
-    check_window_options,
+    Reading,
     content_positions,
     cut_windows,
     flat_windows,
-    read_positions,
     window_counts,
     word_starts_at,
 )
@@ -104,15 +102,11 @@ class LongTextDataset(Dataset[dict[str, Any]]):
         self.preparation = Preparation(
             files=tuple(expand_paths(file_paths)),
             tokenizer=self.tokenizer,
-            window_size=window_size,
-            window_overlap=window_overlap,
-            max_windows=max_windows,
-            max_len=max_len,
+            reading=Reading(window_size, window_overlap, max_windows, max_len, read),
             columns=Columns(text_column, label_column, require_labels),
             problem_type=problem_type,
             skip_bad_lines=on_bad_lines == "skip",
             words=augmentation is not None and augmentation.whole_word,
-            read=read,
         )
         self._draws = draw_windows and read == "random"
         self._train_windows = train_windows
@@ -141,15 +135,15 @@ class LongTextDataset(Dataset[dict[str, Any]]):
         return len(self._rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = int(self._rows[index])
+        row, reading = int(self._rows[index]), self.preparation.reading
         flat = self._cell("windows", row)
         draw = Draw((self._seed, row, 1), int(self._epoch))
         positions = np.arange(self.tokens_read[index])
-        if self.preparation.read == "random":
-            positions = self.preparation.positions(len(flat), draw if self._draws else None)
+        if reading.read == "random":
+            positions = reading.positions(len(flat), draw if self._draws else None)
             special = self.tokenizer.cls_token_id, self.tokenizer.sep_token_id
-            flat, _ = flat_windows(flat[positions], self.tokens_read[[index]], self.preparation.window_size, *special)
-        shape_NW = (int(self._windows_read[index]), self.preparation.window_size)
+            flat, _ = flat_windows(flat[positions], self.tokens_read[[index]], reading.window_size, *special)
+        shape_NW = (int(self._windows_read[index]), reading.window_size)
         input_ids = np.full(shape_NW, self.tokenizer.pad_token_id, dtype=np.int64)
         input_ids.reshape(-1)[: len(flat)] = flat
         attention_mask = torch.zeros(shape_NW, dtype=torch.int64)
@@ -211,18 +205,15 @@ class LongTextDataset(Dataset[dict[str, Any]]):
         max_len: int | None = None,
         read: Read = "first",
     ) -> dict[str, Tensor]:
-        """One text as `input_ids` and `attention_mask`, LongTensors [N, W]. Raises DataFormatError for a bad text.
+        """One text as `input_ids` and `attention_mask`, LongTensors [N, W].
 
-        A text that is not read to its end is reported in the log.
+        A text that is not read to its end is reported in the log. Raises DataFormatError for a bad text, ConfigError
+        for windows that cannot be cut.
         """
-        if max_len is not None and max_len < 1:
-            raise ConfigError(f"max_len is {max_len}: must be at least 1")
+        reading = Reading(window_size, window_overlap, max_windows, max_len, read)
         _, tokens = next(tokenize(tokenizer, [(None, check_text(text))]))
         special = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id
-        ids = tokens.ids[:max_len]
-        check_window_options(window_size, window_overlap, max_windows, read)
-        room = None if max_windows is None else capacity(max_windows, window_size, window_overlap)
-        ids = ids[read_positions(len(ids), room, read, window_size)]
+        ids = tokens.ids[reading.positions(len(tokens.ids))]
         windows = cut_windows(ids, window_size, *special, window_overlap)
         input_ids, attention_mask = (torch.from_numpy(array).long() for array in windows)
         if len(tokens.ids) > len(ids):
@@ -242,7 +233,8 @@ class LongTextDataset(Dataset[dict[str, Any]]):
 
     def _masked(self, masking: Masking, input_ids: np.ndarray, row: int, read: np.ndarray) -> np.ndarray:
         """`read` says which of the stored content tokens stand in the windows."""
-        positions = content_positions(len(read), self.preparation.window_size, self.preparation.window_overlap)
+        reading = self.preparation.reading
+        positions = content_positions(len(read), reading.window_size, reading.window_overlap)
         positions[np.isin(input_ids, self._special_ids)] = -1
         word_starts = np.ones(len(read), dtype=bool)
         if masking.whole_word:

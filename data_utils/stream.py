@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from data_utils.cache import Preparation
 from data_utils.records import Record
 from data_utils.tokenization import tokenize
-from data_utils.windows import cut_windows, window_count
+from data_utils.windows import cut_windows, window_counts
 
 T = TypeVar("T")
 
@@ -32,15 +32,16 @@ class DocumentPart(Dataset[dict[str, Any]]):
 
     def __init__(self, records: Sequence[Record], preparation: Preparation) -> None:
         self.tokenizer = preparation.tokenizer
-        self._windows = preparation.window_size, preparation.window_overlap
+        reading = preparation.reading
+        self._windows = reading.window_size, reading.window_overlap
         self._tokens: list[np.ndarray] = []
         self.ids = [record.id for record in records]
         self.token_counts: list[int] = []
         for _, tokens in tokenize(self.tokenizer, ((None, record.text) for record in records)):
             self.token_counts.append(len(tokens.ids))
-            self._tokens.append(tokens.ids[preparation.positions(len(tokens.ids))])
+            self._tokens.append(tokens.ids[reading.positions(len(tokens.ids))])
         self.tokens_read = [len(ids) for ids in self._tokens]
-        self.window_counts = np.array([window_count(tokens, *self._windows) for tokens in self.tokens_read])
+        self.window_counts = window_counts(np.array(self.tokens_read), *self._windows)
 
     def __len__(self) -> int:
         return len(self.ids)

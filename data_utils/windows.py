@@ -3,6 +3,7 @@
 - a window is [CLS] + at most W-2 content tokens + [SEP], padded on the right
 - neighbours share `overlap` content tokens; no window holds only what the one before already held
 - what is read of a document that is longer than its windows: its first tokens, head and tail, or windows from all over
+  (`Reading`)
 - the mask follows from lengths, never from comparing with the pad id
 - one document as padded windows, or many at once as the flat windows that are stored
 
@@ -11,6 +12,7 @@ N windows, W tokens a window, T content tokens, D documents.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -23,7 +25,11 @@ SPECIALS = 2  # [CLS] and [SEP]
 
 
 def check_window_options(
-    window_size: int, overlap: int = 0, max_windows: int | None = None, read: Read = "first"
+    window_size: int,
+    overlap: int = 0,
+    max_windows: int | None = None,
+    max_len: int | None = None,
+    read: Read = "first",
 ) -> None:
     """Raise ConfigError unless windows of this shape can be cut."""
     if window_size <= SPECIALS:
@@ -35,15 +41,16 @@ def check_window_options(
         )
     if max_windows is not None and max_windows < 1:
         raise ConfigError(f"--max_windows {max_windows}: must be at least 1")
+    if max_len is not None and max_len < 1:
+        raise ConfigError(f"--max_len {max_len}: must be at least 1")
     if read == "random" and overlap:
         raise ConfigError(f"--window_overlap {overlap} does not go with --read random, whose windows share no tokens")
 
 
-def window_count(tokens: int, window_size: int, overlap: int = 0, max_windows: int | None = None) -> int:
+def window_count(tokens: int, window_size: int, overlap: int = 0) -> int:
     """How many windows `tokens` content tokens make; no tokens make one."""
     content = window_size - SPECIALS
-    wanted = 1 + max(0, -(-(tokens - content) // (content - overlap)))
-    return wanted if max_windows is None else min(wanted, max_windows)
+    return 1 + max(0, -(-(tokens - content) // (content - overlap)))
 
 
 def window_counts(lengths_D: np.ndarray, window_size: int, overlap: int = 0) -> np.ndarray:
@@ -98,6 +105,39 @@ def read_positions(
     return (starts_N[:, None] + np.arange(content)).reshape(-1)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What is read of a document, and in windows of which shape. Raises ConfigError where such cannot be cut."""
+
+    window_size: int
+    window_overlap: int = 0
+    max_windows: int | None = None
+    max_len: int | None = None
+    read: Read = "first"
+
+    def __post_init__(self) -> None:
+        check_window_options(self.window_size, self.window_overlap, self.max_windows, self.max_len, self.read)
+
+    @property
+    def room(self) -> int | None:
+        """How many content tokens the windows hold."""
+        if self.max_windows is None:
+            return None
+        return capacity(self.max_windows, self.window_size, self.window_overlap)
+
+    @property
+    def token_limit(self) -> int | None:
+        """How many content tokens of a document are read at most."""
+        limits = [limit for limit in (self.max_len, self.room) if limit is not None]
+        return min(limits, default=None)
+
+    def positions(self, tokens: int, draw: Draw | None = None) -> np.ndarray:
+        """Which of a document's content tokens are read (see `read_positions`)."""
+        if self.max_len is not None:
+            tokens = min(tokens, self.max_len)
+        return read_positions(tokens, self.room, self.read, self.window_size, draw)
+
+
 def word_starts_at(word_starts_T: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Which of the tokens at `positions` start a word, bool; the rest of a word whose start is left out is one too."""
     return word_starts_T[positions] | (np.diff(positions, prepend=-2) != 1)
@@ -114,24 +154,11 @@ def content_positions(tokens: int, window_size: int, overlap: int = 0) -> np.nda
 
 
 def cut_windows(
-    token_ids: np.ndarray,
-    window_size: int,
-    cls_id: int,
-    sep_id: int,
-    pad_id: int,
-    overlap: int = 0,
-    max_windows: int | None = None,
+    token_ids: np.ndarray, window_size: int, cls_id: int, sep_id: int, pad_id: int, overlap: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cut content tokens [T] into `input_ids` and `attention_mask`, both int32 [N, W].
-
-    What does not fit into `max_windows` is left out. Raises ConfigError for a shape that cannot be cut.
-    """
-    check_window_options(window_size, overlap, max_windows)
-    tokens = len(token_ids)
-    if max_windows is not None:
-        tokens = min(tokens, capacity(max_windows, window_size, overlap))
-    positions_NW = content_positions(tokens, window_size, overlap)
-    padded = np.append(np.asarray(token_ids[:tokens], dtype=np.int32), np.int32(pad_id))
+    """Cut content tokens [T] into `input_ids` and `attention_mask`, both int32 [N, W]."""
+    positions_NW = content_positions(len(token_ids), window_size, overlap)
+    padded = np.append(np.asarray(token_ids, dtype=np.int32), np.int32(pad_id))
     input_ids_NW = padded[positions_NW]
     content_N = (positions_NW >= 0).sum(axis=1)
     input_ids_NW[:, 0] = cls_id

@@ -75,9 +75,9 @@ def test_the_file_holds_what_each_document_gives_by_itself(make, corpus, tmp_pat
     for number, line in enumerate(corpus.read_text(encoding="utf-8").splitlines(), 1):
         row = json.loads(line)
         _, tokens = next(tokenization.tokenize(documents.tokenizer, [(0, row["text"])], preparation.words))
-        places = preparation.positions(len(tokens.ids))
+        places = preparation.reading.positions(len(tokens.ids))
         read = tokens.ids[places]
-        ids, mask = cut_windows(read, 16, *special, preparation.window_overlap)
+        ids, mask = cut_windows(read, 16, *special, preparation.reading.window_overlap)
         expected.append(
             {
                 "windows": ids[mask.astype(bool)].tolist(),

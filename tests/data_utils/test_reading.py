@@ -11,7 +11,7 @@ from data_utils.cache import Preparation
 from data_utils.dataset import LongTextDataset
 from data_utils.records import Columns, Record
 from data_utils.stream import DocumentPart
-from data_utils.windows import Draw, read_positions, word_starts_at
+from data_utils.windows import Draw, Reading, read_positions, word_starts_at
 from tests.data_utils.conftest import random_text, write_jsonl
 from utils import ConfigError
 
@@ -86,10 +86,10 @@ def test_the_same_windows_wherever_a_text_is_cut(make, tokenizer, read, max_len,
     """Prepared, streamed and alone; as `read_positions` says; counted as what they are."""
     options = {"read": read, "max_windows": 3, "max_len": max_len}
     documents = make(**options)
-    settings = {"window_size": 12, "window_overlap": 0, "columns": Columns("text", "label", True), "words": False}
+    settings = {"reading": Reading(12, **options), "columns": Columns("text", "label", True), "words": False}
     settings |= {"problem_type": "single_label", "skip_bad_lines": False, "files": ()}
     records = [Record(text, "a", f"d{i}", f"f:{i}") for i, text in enumerate(TEXTS)]
-    part = DocumentPart(records, Preparation(tokenizer=tokenizer, **settings, **options))
+    part = DocumentPart(records, Preparation(tokenizer=tokenizer, **settings))
     for index, text in enumerate(TEXTS):
         item, streamed = documents[index], part[index]
         alone = LongTextDataset.preprocess_single_text(tokenizer, text, 12, 3, max_len=max_len, read=read)

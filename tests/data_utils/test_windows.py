@@ -7,6 +7,7 @@ import pytest
 
 from data_utils.tokenization import tokenize
 from data_utils.windows import (
+    Reading,
     capacity,
     check_window_options,
     content_positions,
@@ -85,9 +86,9 @@ def test_windows_are_those_of_transformers(tokenizer, overlap, words):
 
 
 def test_max_windows_keeps_the_beginning():
-    tokens = np.arange(100)
-    input_ids, attention_mask = cut_windows(tokens, 8, CLS, SEP, PAD, overlap=2, max_windows=3)
-    assert len(input_ids) == window_count(100, 8, 2, 3) == 3
+    read = Reading(8, window_overlap=2, max_windows=3).positions(100)
+    input_ids, attention_mask = cut_windows(read, 8, CLS, SEP, PAD, overlap=2)
+    assert len(input_ids) == window_count(14, 8, 2) == 3
     assert joined(input_ids, attention_mask, 2).tolist() == list(range(capacity(3, 8, 2))) == list(range(14))
 
 
@@ -97,7 +98,9 @@ def test_max_windows_keeps_the_beginning():
         ((2,), "--window_size 2"),
         ((8, 6), "--window_overlap 6"),
         ((8, -1), "--window_overlap -1"),
-        ((8, 0, 0), "--max_"),
+        ((8, 0, 0), "--max_windows 0"),
+        ((8, 0, None, 0), "--max_len 0"),
+        ((8, 2, 1, 1, "random"), "--window_overlap 2"),
     ],
 )
 def test_windows_that_cannot_be_cut(options, message):
