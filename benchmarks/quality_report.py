@@ -12,15 +12,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain, pairwise
 from statistics import mean
+from typing import NamedTuple
 
 import numpy as np
 
 from benchmarks.quality_protocol import ABLATIONS, LEADERBOARD, LINEAR, MODELS, OURS, SYNTHETIC
 from benchmarks.quality_statistics import (
-    STUDY,
     Difference,
     chosen_rate,
     counted,
@@ -36,34 +36,49 @@ from evaluation_utils import LENGTH_EDGES
 
 AIM = 0.02  # how much accuracy ReBerta is to be ahead of the best baseline, on average
 AIM_P = 0.05
-Key = tuple[str, str, str, str]  # table, corpus, model, variant
-Studies = Mapping[Key, Sequence[Row]]
 
 
-def key_of(name: str) -> Key:
-    """Of a study's name in `runs`."""
-    table, corpus, model, variant = name.split(" / ")
-    return table, corpus, model, variant
+class Key(NamedTuple):
+    """Which study."""
+
+    table: str
+    corpus: str
+    model: str
+    variant: str = ""
+
+    @property
+    def label(self) -> str:
+        return ", ".join(filter(None, (self.model, self.variant)))
 
 
 def studies(content: Content) -> dict[Key, list[Row]]:
     """All rows by study, in the order of the protocol."""
-    found: dict[Key, list[Row]] = {key_of(name): [] for name in content["runs"]}
+    found: dict[Key, list[Row]] = {Key(*name.split(" / ")): [] for name in content["runs"]}
     for row in content["rows"]:
-        found.setdefault(tuple(row[name] for name in STUDY), []).append(row)
+        found.setdefault(Key(*(row[name] for name in Key._fields)), []).append(row)
     return {key: rows for key, rows in found.items() if rows}
 
 
+def distinct(values: Iterable[str]) -> list[str]:
+    """In the order in which they first come."""
+    return list(dict.fromkeys(values))
+
+
 class Page:
-    """What the sections share: the rows of each study, those that count, and how many there are to be."""
+    """What the sections share: the rows of each study, those that count, and how many there are to be.
+
+    `corpora` and `models` are those of the leaderboard.
+    """
 
     def __init__(self, content: Content) -> None:
         self.content = content
         self.studies = studies(content)
         self.counted = {key: counted(rows, chosen_rate(rows)) for key, rows in self.studies.items()}
+        self.corpora = distinct(key.corpus for key in self.of(LEADERBOARD))
+        self.models = distinct(key.model for key in self.of(LEADERBOARD))
 
     def of(self, table: str) -> list[Key]:
-        return [key for key in self.counted if key[0] == table]
+        return [key for key in self.counted if key.table == table]
 
     def planned(self, key: Key) -> int:
         """How many runs the study is to have; as many as there are where the protocol knows it no more."""
@@ -83,21 +98,28 @@ class Page:
         return spread([row.get(name) for row in self.counted[key]]) + missing
 
     def right(self, key: Key) -> dict[int, np.ndarray]:
-        return right_by_fold(self.counted[key])
+        return right_by_fold(self.counted.get(key, ()))
 
-    def differences(self, ours: Key, others: Key) -> np.ndarray:
-        """By document, over the folds that both were tested on."""
-        return paired_differences(self.right(ours), self.right(others))
-
-    def lead_over(self, model: str, corpora: Iterable[str]) -> dict[str, np.ndarray]:
-        """ReBerta's differences to a model by corpus, of those where there are any."""
-        pairs = {c: ((LEADERBOARD, c, OURS, ""), (LEADERBOARD, c, model, "")) for c in corpora}
-        found = {c: self.differences(*pair) for c, pair in pairs.items() if {*pair} <= self.counted.keys()}
+    def lead_over(self, model: str) -> dict[str, np.ndarray]:
+        """By corpus and document ReBerta's differences to a model, over the folds that both were tested on."""
+        ours, others = ([self.right(Key(LEADERBOARD, c, which)) for c in self.corpora] for which in (OURS, model))
+        found = dict(zip(self.corpora, map(paired_differences, ours, others), strict=True))
         return {corpus: differences for corpus, differences in found.items() if len(differences)}
 
     def accuracy(self, key: Key) -> float:
         """Mean over the runs."""
         return mean(row["accuracy"] for row in self.counted[key])
+
+    def overall(self, model: str) -> float | None:
+        """Over corpora, of the means over runs; None while something is missing."""
+        keys = [Key(LEADERBOARD, corpus, model) for corpus in self.corpora]
+        return mean(map(self.accuracy, keys)) if all(map(self.is_whole, keys)) else None
+
+    @property
+    def baselines(self) -> dict[str, float]:
+        """Mean accuracy of those that have all their runs on all corpora."""
+        means = {model: self.overall(model) for model in self.models if model != OURS}
+        return {model: value for model, value in means.items() if value is not None}
 
 
 def answers(page: Page) -> list[str]:
@@ -116,24 +138,23 @@ def in_short(page: Page) -> str:
 
 def verdict(page: Page) -> list[str]:
     """Whether ReBerta has what is aimed at, and which baselines are ahead of it."""
-    corpora, models = unique_in(page.of(LEADERBOARD), 1), unique_in(page.of(LEADERBOARD), 2)
-    baselines = whole_baselines(page, corpora, models)
-    ours = overall(page, OURS, corpora) if baselines else None
+    baselines = page.baselines
+    ours = page.overall(OURS) if baselines else None
     if ours is None:
         return []
     best = max(baselines, key=baselines.__getitem__)
-    differences = [*page.lead_over(best, corpora).values()]
+    differences = [*page.lead_over(best).values()]
     found = paired_bootstrap(differences)
     difference, interval, p = difference_cells(found)
     reached = found.mean >= AIM and found.p < AIM_P and all(values.mean() >= 0 for values in differences)
     lines = [
-        f"- Accuracy, the mean of {', '.join(corpora)}: **{OURS} {ours:.3f}; the best baseline, {best}, "
+        f"- Accuracy, the mean of {', '.join(page.corpora)}: **{OURS} {ours:.3f}; the best baseline, {best}, "
         f"{baselines[best]:.3f}**. The difference by documents is {difference} (95 % {interval}, p {p}).",
         f"- The aim, {AIM:.2f} ahead of the best baseline on average, behind it on no corpus, p below {AIM_P:g}: "
         f"**{'reached' if reached else 'not reached'}**.",
     ]
-    for corpus in corpora:
-        own, *others = (page.accuracy((LEADERBOARD, corpus, model, "")) for model in (OURS, *baselines))
+    for corpus in page.corpora:
+        own, *others = (page.accuracy(Key(LEADERBOARD, corpus, model)) for model in (OURS, *baselines))
         better = [f"{model} {score:.3f}" for model, score in zip(baselines, others, strict=True) if score > own]
         lines += [f"- On {corpus}, ahead of {OURS}'s {own:.3f}: {', '.join(better)}."] if better else []
     if missing := unfinished(page):
@@ -144,10 +165,12 @@ def verdict(page: Page) -> list[str]:
 def worst_distances(page: Page) -> list[str]:
     """The synthetic tasks, a line a model, a column a task."""
     keys = page.of(SYNTHETIC)
-    tasks, scores = unique_in(keys, 1), {(named(key), key[1]): worst(page, key) for key in keys}
+    tasks = distinct(key.corpus for key in keys)
     if not tasks:
         return []
-    lines = [[name, *(scores.get((name, task), "") for task in tasks)] for name in dict.fromkeys(map(named, keys))]
+    scores = {(key.label, key.corpus): worst(page, key) for key in keys}
+    labels = distinct(key.label for key in keys)
+    lines = [[label, *(scores.get((label, task), "") for task in tasks)] for label in labels]
     table = markdown_table(["synthetic tasks, worst distance", *tasks], lines, left=1)
     return ["- Accuracy on the synthetic tasks at the distance where it is lowest:", "", table]
 
@@ -181,22 +204,15 @@ def origin(page: Page) -> str:
 
 def leaderboard(page: Page) -> str:
     """A line a model, a column a corpus, and the mean of those; the best mean first, then those that are not whole."""
-    keys = page.of(LEADERBOARD)
-    if not keys:
+    if not page.corpora:
         return ""
-    corpora, models = unique_in(keys, 1), unique_in(keys, 2)
-    means = {model: overall(page, model, corpora) for model in models}
-    models.sort(key=lambda model: means[model] or 0, reverse=True)
-    lines = [
-        [
-            model,
-            *(page.score((LEADERBOARD, corpus, model, "")) for corpus in corpora),
-            "" if means[model] is None else f"{means[model]:.3f}",
-        ]
-        for model in models
-    ]
-    about = [corpus_line(page.content, corpus) for corpus in corpora]
-    table = markdown_table(["accuracy", *corpora, "mean"], lines, left=1)
+    means = {model: page.overall(model) for model in page.models}
+    lines = []
+    for model in sorted(page.models, key=lambda model: means[model] or 0, reverse=True):
+        scores = [page.score(Key(LEADERBOARD, corpus, model)) for corpus in page.corpora]
+        lines.append([model, *scores, "" if means[model] is None else f"{means[model]:.3f}"])
+    about = [corpus_line(page.content, corpus) for corpus in page.corpora]
+    table = markdown_table(["accuracy", *page.corpora, "mean"], lines, left=1)
     return "\n\n".join(["## Leaderboard", "\n".join(about), table])
 
 
@@ -215,27 +231,13 @@ def lengths(content: Content, corpus: str) -> dict[int, list[int]]:
     return {int(fold): [*map(int, text.split())] for fold, text in content["corpora"][corpus]["tokens"].items()}
 
 
-def overall(page: Page, model: str, corpora: Sequence[str]) -> float | None:
-    """Over corpora, of the means over runs; None while something is missing."""
-    keys = [(LEADERBOARD, corpus, model, "") for corpus in corpora]
-    if not all(map(page.is_whole, keys)):
-        return None
-    return mean(map(page.accuracy, keys))
-
-
-def unique_in(keys: Iterable[Key], place: int) -> list[str]:
-    return list(dict.fromkeys(key[place] for key in keys))
-
-
 def against_each(page: Page) -> str:
     """Differences between ReBerta and each other model for the whole, and which baseline is the best."""
-    keys = page.of(LEADERBOARD)
-    corpora, models = unique_in(keys, 1), unique_in(keys, 2)
-    lines = []
-    for model in models:
-        found = page.lead_over(model, corpora)
+    corpora, lines = page.corpora, []
+    for model in page.models:
+        found = page.lead_over(model)
         if model != OURS and found:
-            whole = {c: all(page.is_whole((LEADERBOARD, c, which, "")) for which in (OURS, model)) for c in corpora}
+            whole = {c: all(page.is_whole(Key(LEADERBOARD, c, which)) for which in (OURS, model)) for c in corpora}
             each = [difference_text(found[c], whole[c]) if c in found else "" for c in corpora]
             sure = [differences for corpus, differences in found.items() if whole[corpus]]
             cells = difference_cells(paired_bootstrap(sure)) if sure else [""] * 3
@@ -244,7 +246,7 @@ def against_each(page: Page) -> str:
         return ""
     header = [f"{OURS} less", *corpora, "mean", "95 %", "p", "documents"]
     table = markdown_table(header, lines, left=1)
-    return "\n\n".join([f"## {OURS} against each model", table, *best_baselines(page, corpora, models)])
+    return "\n\n".join([f"## {OURS} against each model", table, *best_baselines(page)])
 
 
 def difference_text(differences: np.ndarray, is_whole: bool) -> str:
@@ -257,12 +259,11 @@ def difference_cells(found: Difference) -> list[str]:
     return [f"{found.mean:+.3f}", f"{found.low:+.3f} to {found.high:+.3f}", p]
 
 
-def best_baselines(page: Page, corpora: Sequence[str], models: Sequence[str]) -> list[str]:
+def best_baselines(page: Page) -> list[str]:
     """Which it is, with and without the linear model, among those that have all their runs on all corpora."""
-    whole = whole_baselines(page, corpora, models)
     said = []
     for of, left_out in (("all", None), ("those that the engine trains", LINEAR)):
-        allowed = {model: value for model, value in whole.items() if model != left_out}
+        allowed = {model: value for model, value in page.baselines.items() if model != left_out}
         if allowed:
             best = max(allowed, key=allowed.__getitem__)
             said.append(f"The best baseline of {of}, on average: {best}, {allowed[best]:.3f}.")
@@ -271,20 +272,15 @@ def best_baselines(page: Page, corpora: Sequence[str], models: Sequence[str]) ->
 
 def unfinished(page: Page) -> str:
     """The baselines that are to have more runs than there are."""
-    planned = [key for key in map(key_of, page.content["runs"]) if key[0] == LEADERBOARD and key[2] != OURS]
-    return ", ".join(dict.fromkeys(key[2] for key in planned if not page.is_whole(key)))
-
-
-def whole_baselines(page: Page, corpora: Sequence[str], models: Sequence[str]) -> dict[str, float]:
-    """Mean accuracy of the baselines that have all their runs on all corpora."""
-    means = {model: overall(page, model, corpora) for model in models if model != OURS}
-    return {model: value for model, value in means.items() if value is not None}
+    planned = [Key(*name.split(" / ")) for name in page.content["runs"]]
+    baselines = [key for key in planned if key.table == LEADERBOARD and key.model != OURS]
+    return ", ".join(distinct(key.model for key in baselines if not page.is_whole(key)))
 
 
 def by_length(page: Page) -> str:
     """Accuracy over documents by their tokens, a table a corpus."""
     parts = []
-    for corpus in unique_in(page.of(LEADERBOARD), 1):
+    for corpus in page.corpora:
         tokens = lengths(page.content, corpus)
         ranges = [*pairwise((0, *LENGTH_EDGES, math.inf))]
         ranges = [(low, high) for low, high in ranges if any(low <= n < high for n in chain(*tokens.values()))]
@@ -295,7 +291,7 @@ def by_length(page: Page) -> str:
             sizes = np.concatenate([tokens[fold] for fold in right])
             inside = [(sizes >= low) & (sizes < high) for low, high in ranges]
             cells = [f"{hits[chosen].mean():.3f} ({chosen.sum()})" if chosen.any() else "" for chosen in inside]
-            lines.append([key[2], *cells])
+            lines.append([key.model, *cells])
         parts.append(markdown_table([corpus, *map(range_text, ranges)], lines, left=1))
     said = ["## By length", "Accuracy by tokens of a document, and how many documents."]
     return "\n\n".join([*said, *parts]) if parts else ""
@@ -307,13 +303,13 @@ def range_text(limits: tuple[float, float]) -> str:
 
 
 def of_corpus(page: Page, corpus: str) -> list[Key]:
-    return [key for key in page.of(LEADERBOARD) if key[1] == corpus]
+    return [key for key in page.of(LEADERBOARD) if key.corpus == corpus]
 
 
 def details(page: Page) -> str:
     """What else is known of the leaderboard's runs, a table a corpus."""
     parts = []
-    for corpus in unique_in(page.of(LEADERBOARD), 1):
+    for corpus in page.corpora:
         lines = []
         for key in of_corpus(page, corpus):
             rows = page.counted[key]
@@ -322,7 +318,7 @@ def details(page: Page) -> str:
             cells += [", ".join(dict.fromkeys(map(rate_text, rows))), f"{mean(row['share_read'] for row in rows):.0%}"]
             cells += [f"{mean(row['seconds'] for row in rows) / 60:.1f}", number(rows[0].get("parameters", ""))]
             epochs = Counter(f"{row['best_epoch']:g}" for row in rows if "best_epoch" in row)
-            lines.append([key[2], *cells, ", ".join(f"{epoch} ({n})" for epoch, n in sorted(epochs.items()))])
+            lines.append([key.model, *cells, ", ".join(f"{epoch} ({n})" for epoch, n in sorted(epochs.items()))])
         header = [corpus, "runs", "macro F1", "accuracy, long", "log loss", "ECE", "ECE, temperature 1"]
         header += ["learning rate", "tokens read", "minutes to train", "trained parameters", "best epoch (runs)"]
         parts.append(markdown_table(header, lines, left=1))
@@ -337,30 +333,17 @@ def learning_rates(page: Page) -> str:
     """Every cell in which a rate was looked for."""
     lines = []
     for key, rows in page.studies.items():
-        if key[0] == ABLATIONS or key[2] == LINEAR:
+        if key.table == ABLATIONS or key.model == LINEAR:
             continue
         tried = search(rows)
-        is_whole = key[0] != LEADERBOARD or len(tried) == len(rates_to_try(MODELS[key[2]].grid, rows))
+        is_whole = key.table != LEADERBOARD or len(tried) == len(rates_to_try(MODELS[key.model].grid, rows))
         for row in tried:
+            scores = [f"{validation_loss(row):.3f}", f"{row['validation_accuracy']:.3f}", f"{row['best_epoch']:g}"]
             chosen = row["learning_rate"] == chosen_rate(rows)
-            lines.append(
-                [
-                    key[1],
-                    named(key),
-                    rate_text(row),
-                    f"{validation_loss(row):.3f}",
-                    f"{row['validation_accuracy']:.3f}",
-                    f"{row['best_epoch']:g}",
-                    f"{row['accuracy']:.3f}",
-                    ("yes" if is_whole else "so far") if chosen else "",
-                ]
-            )
+            said = ("yes" if is_whole else "so far") if chosen else ""
+            lines.append([key.corpus, key.label, rate_text(row), *scores, f"{row['accuracy']:.3f}", said])
     header = ["corpus", "model", "learning rate", "log loss", "accuracy", "best epoch", "accuracy in the test"]
     return "\n\n".join(["## Learning rates", markdown_table([*header, "chosen"], lines, left=2)]) if lines else ""
-
-
-def named(key: Key) -> str:
-    return ", ".join(part for part in key[2:] if part)
 
 
 def synthetic(page: Page) -> str:
@@ -370,21 +353,22 @@ def synthetic(page: Page) -> str:
 def ablations(page: Page) -> str:
     """ReBerta with other options, below those that stand among the synthetic tasks."""
     keys = page.of(ABLATIONS)
-    tasks = unique_in(keys, 1)
-    return by_distance(page, "Ablations", [*(k for k in page.of(SYNTHETIC) if k[1] in tasks and k[2] == OURS), *keys])
+    tasks = {key.corpus for key in keys}
+    compared = [key for key in page.of(SYNTHETIC) if key.corpus in tasks and key.model == OURS]
+    return by_distance(page, "Ablations", [*compared, *keys])
 
 
 def by_distance(page: Page, title: str, keys: Sequence[Key]) -> str:
     """Accuracy by distance, a table a task."""
     parts = []
-    for task in unique_in(keys, 1):
-        of_task = [key for key in keys if key[1] == task]
+    for task in distinct(key.corpus for key in keys):
+        of_task = [key for key in keys if key.corpus == task]
         distances = list(page.counted[of_task[0]][0]["accuracy_by_distance"])
         lines = []
         for key in of_task:
             rows = page.counted[key]
             cells = [f"{mean(row['accuracy_by_distance'][distance] for row in rows):.3f}" for distance in distances]
-            lines.append([named(key), page.runs(key), *cells, page.score(key)])
+            lines.append([key.label, page.runs(key), *cells, page.score(key)])
         header = [task, "runs", *(f"distance {distance}" for distance in distances), "all"]
         parts.append(markdown_table(header, lines, left=1))
     return "\n\n".join([f"## {title}", "Accuracy by distance in windows.", *parts]) if parts else ""
@@ -395,15 +379,15 @@ def commands(page: Page) -> str:
     parts = []
     groups: dict[tuple[str, str], dict[Key, list[str]]] = defaultdict(dict)
     for key, rows in page.counted.items():
-        if key[2] != LINEAR:
+        if key.model != LINEAR:
             options = f"--model_path {rows[0]['encoder']} {rows[0]['options']}"
-            groups[key[:2]][key] = [f"--{option.strip()}" for option in options.split("--")[1:]]
+            groups[key.table, key.corpus][key] = [f"--{option.strip()}" for option in options.split("--")[1:]]
     for (table, corpus), given in groups.items():
         shared = set.intersection(*map(set, given.values()))
         common = " ".join(option for option in next(iter(given.values())) if option in shared)
         own = {key: " ".join(option for option in options if option not in shared) for key, options in given.items()}
         parts.append(f"{table}, {corpus}, all: `{common}`")
         parts.append(
-            markdown_table(["model", "and"], [[named(key), text and f"`{text}`"] for key, text in own.items()], left=2)
+            markdown_table(["model", "and"], [[key.label, text and f"`{text}`"] for key, text in own.items()], left=2)
         )
     return "\n\n".join(["## Options", *parts]) if parts else ""

@@ -18,7 +18,6 @@ from scipy.stats import bootstrap
 from benchmarks.report_tables import Row
 
 RESAMPLES = 10_000
-STUDY = ("table", "corpus", "model", "variant")
 LADDER: list[float | None] = [float(f"{digit}e{exponent}") for exponent in range(-7, 0) for digit in (1, 3)]
 
 
