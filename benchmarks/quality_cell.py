@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 import time
@@ -16,7 +17,6 @@ from typing import Any, TypedDict
 
 import main
 from benchmarks.corpora import load_split
-from benchmarks.synthetic_suite import read_predictions
 from command_line import parse_settings
 from utils import write_text
 
@@ -50,7 +50,8 @@ def run(job: Job) -> dict[str, Any]:
     arguments += [f"--{name}={getattr(settings, name)}" for name in shared]
     command([*arguments, "--output_dir=test", "--save_predictions"])
     tested = json.loads(Path("test/metrics.json").read_text(encoding="utf-8"))
-    said = read_predictions(Path("test/predictions.csv"))
+    with Path("test/predictions.csv").open(encoding="utf-8", newline="") as file:
+        said = {row["id"]: row["predicted"] for row in csv.DictReader(file)}
     documents = load_split(data, "test")
     return {
         **{

@@ -39,16 +39,14 @@ every second guess right, and at distance 1 two of them share a window.
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import json
 import random
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from statistics import mean
 from typing import Any, NamedTuple, TypedDict
 
 import tqdm
@@ -59,7 +57,7 @@ from benchmarks.corpora import ABOUT, ENCODER, SPLITS
 from data_utils.tokenization import load_tokenizer, tokenize
 from data_utils.windows import SPECIALS
 from download_models import atomic_folder
-from utils import ConfigError, DataError, ReBertaError, logger, setup_logging
+from utils import ConfigError, ReBertaError, logger, setup_logging
 
 DISTANCES = (1, 2, 4, 8, 16)
 DOCUMENTS = 400  # for training, a distance
@@ -369,30 +367,6 @@ def make_task(task: str, folder: Path, options: Options) -> Path:
                 file.writelines(json.dumps(item) + "\n" for item in make_split(task, split, options, tokenizer))
         (staging / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     return place
-
-
-def load_split(folder: Path, split: str) -> list[Example]:
-    """A split as it was written."""
-    with (folder / f"{split}.jsonl").open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
-def read_predictions(path: Path) -> dict[str, str]:
-    """The predicted label by id, from what `--mode predict` (.csv, .jsonl) or `--save_predictions` wrote."""
-    with path.open(encoding="utf-8", newline="") as file:
-        rows: Iterable[dict[str, str]] = csv.DictReader(file) if path.suffix == ".csv" else map(json.loads, file)
-        return {row["id"]: row["predicted"] for row in rows}
-
-
-def accuracy(examples: Iterable[Example], predictions: Mapping[str, str]) -> dict[str, dict[int, float]]:
-    """Accuracy by task and distance, both in ascending order. Raises DataError for a document without prediction."""
-    right: dict[str, dict[int, list[bool]]] = defaultdict(lambda: defaultdict(list))
-    for example in sorted(examples, key=lambda item: (item["task"], item["distance"])):
-        if example["id"] not in predictions:
-            raise DataError(f"nothing is predicted of document {example['id']!r}; predict the whole split")
-        hit = predictions[example["id"]] == example["label"]
-        right[example["task"]][example["distance"]].append(hit)
-    return {task: {d: mean(hits) for d, hits in distances.items()} for task, distances in right.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
