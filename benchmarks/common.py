@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks import report
+from benchmarks import report, report_tables
 from benchmarks.peers import WINDOW
 from utils import ConfigError, write_text
 
@@ -78,7 +78,7 @@ class Results:
 
     def pending(self, cells: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         """The cells that have no row yet."""
-        return [cell for cell in cells if not any(cell.items() <= row.items() for row in self.rows)]
+        return [cell for cell in cells if report_tables.find(self.rows, **cell) is None]
 
     def start_session(self, arguments: Sequence[str], **facts: Any) -> dict[str, Any]:
         """Note by which command figures are measured from now on. What is added to what it returns is saved too."""

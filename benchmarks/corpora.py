@@ -43,6 +43,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple, TypedDict
 
 from transformers import PreTrainedTokenizerBase
@@ -299,6 +300,12 @@ def load_split(fold: Path, part: str) -> list[Document]:
     """A split as it was written."""
     with (fold / f"{part}.jsonl").open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
+
+
+def accuracy_of_long(documents: Sequence[Document], right: str) -> float | None:
+    """Over the documents of more than LONG tokens, None where there are none; `right` has a 1 or a 0 for each."""
+    long = [int(hit) for document, hit in zip(documents, right, strict=True) if document["tokens"] > LONG]
+    return mean(long) if long else None
 
 
 def table(folders: Sequence[Path]) -> str:

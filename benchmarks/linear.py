@@ -10,20 +10,16 @@
 
 from __future__ import annotations
 
-import statistics
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sklearn.metrics import f1_score
 from tqdm import tqdm
 
-from benchmarks import common, corpora
-from benchmarks.corpora import LONG, SPLITS, load_split
+from benchmarks import common, corpora, tfidf_svm
+from benchmarks.corpora import SPLITS, accuracy_of_long, counts, load_split
 from benchmarks.report_tables import Row, markdown_table, spread, unique
-from benchmarks.tfidf_svm import OPTIONS, fit, labels
 
 WHOLE = "whole"
 SCORES = ("accuracy", "f1_macro", "accuracy_long")
@@ -32,22 +28,9 @@ SCORES = ("accuracy", "f1_macro", "accuracy_long")
 def measure(folder: Path, words: int | None) -> dict[str, Any]:
     """The figures of one fold; `accuracy_long` is None where no test document is long."""
     fold = {part: load_split(folder, part) for part in SPLITS}
-    start = time.perf_counter()
-    fitted = fit(fold, words)
-    seconds = time.perf_counter() - start
-    truth = labels(fold["test"])
-    right = [said == is_so for said, is_so in zip(fitted.predictions, truth, strict=True)]
-    right_long = [hit for hit, document in zip(right, fold["test"], strict=True) if document["tokens"] > LONG]
-    return {
-        "C": fitted.c,
-        "held_out_accuracy": fitted.held_out_accuracy,
-        "accuracy": statistics.mean(right),
-        "f1_macro": float(f1_score(truth, fitted.predictions, average="macro", zero_division=0)),
-        "accuracy_long": statistics.mean(right_long) if right_long else None,
-        "documents": len(right),
-        "long": len(right_long),
-        "seconds": round(seconds, 1),
-    }
+    figures = tfidf_svm.measure(fold, words)
+    long = accuracy_of_long(fold["test"], figures.pop("right"))
+    return {**figures, "accuracy_long": long, **counts(fold["test"])}
 
 
 def summary(rows: Sequence[Row]) -> str:
@@ -75,14 +58,14 @@ def main(argv: Sequence[str]) -> None:
         for name in names
         for folder in sorted(corpora.make_corpus(name, options.corpora).glob("fold-*"))
     }
-    results = common.Results("linear", OPTIONS, options.output)
-    counts = {str(options.words): options.words, WHOLE: None}
-    cells = [{"corpus": name, "fold": fold, "words": words} for name, fold in folders for words in counts]
+    results = common.Results("linear", tfidf_svm.OPTIONS, options.output)
+    limits = {str(options.words): options.words, WHOLE: None}
+    cells = [{"corpus": name, "fold": fold, "words": words} for name, fold in folders for words in limits]
     pending = results.pending(cells)
     if pending:
         results.start_session(argv)
     for cell in tqdm(pending, disable=None):
-        results.add({**cell, **measure(folders[cell["corpus"], cell["fold"]], counts[cell["words"]])})
+        results.add({**cell, **measure(folders[cell["corpus"], cell["fold"]], limits[cell["words"]])})
     results.show()
     print("\n" + summary(results.rows))
 

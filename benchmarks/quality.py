@@ -27,7 +27,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -37,15 +36,14 @@ from statistics import mean
 from typing import Any
 
 import torch
-from sklearn.metrics import f1_score
 from tqdm import tqdm
 
-from benchmarks import common, corpora, quality_report, report, synthetic_suite
+from benchmarks import common, corpora, quality_report, report, synthetic_suite, tfidf_svm
 from benchmarks import quality_protocol as protocol
-from benchmarks.corpora import LONG, SPLITS, Document, load_split
+from benchmarks.corpora import LONG, SPLITS, Document, accuracy_of_long, load_split
 from benchmarks.quality_protocol import Study
 from benchmarks.quality_statistics import chosen_rate, select
-from benchmarks.tfidf_svm import fit
+from benchmarks.report_tables import find
 from utils import ReBertaError, TrainingError, logger, setup_logging, write_text
 
 ROOT = Path(__file__).parents[1]
@@ -53,10 +51,6 @@ LOG_LINES = 25  # of a failed cell that are shown
 
 Cell = dict[str, Any]
 Row = dict[str, Any]
-
-
-def has_row(cell: Cell, rows: Sequence[Row]) -> bool:
-    return any(cell.items() <= row.items() for row in rows)
 
 
 def cells(group: Sequence[Study], rows: Sequence[Row]) -> list[Cell]:
@@ -68,7 +62,7 @@ def cells(group: Sequence[Study], rows: Sequence[Row]) -> list[Cell]:
     for study in group:
         tuning = study.tuning(rows)
         found += tuning
-        if all(has_row(cell, rows) for cell in tuning):
+        if all(find(rows, **cell) for cell in tuning):
             later.append(study.others(chosen_rate(select(rows, **study.identity))))
     turns = max(map(len, later), default=0)
     return found + [others[turn] for turn in range(turns) for others in later if turn < len(others)]
@@ -183,35 +177,18 @@ def shuffled(documents: list[Document]) -> list[Document]:
     return changed
 
 
-def measure_linear(data: Path) -> Row:
-    """The figures of the linear SVM on whole documents."""
-    fold = {part: load_split(data, part) for part in SPLITS}
-    start = time.perf_counter()
-    fitted = fit(fold, None)
-    seconds = time.perf_counter() - start
-    truth = [document["label"] for document in fold["test"]]
-    right = [said == label for said, label in zip(fitted.predictions, truth, strict=True)]
-    return {
-        "accuracy": mean(right),
-        "f1_macro": float(f1_score(truth, fitted.predictions, average="macro", zero_division=0)),
-        "held_out_accuracy": fitted.held_out_accuracy,
-        "C": fitted.c,
-        "share_read": 1.0,
-        "seconds": round(seconds, 1),
-        "right": "".join(str(int(hit)) for hit in right),
-    }
-
-
 def measure(cell: Cell, workshop: Workshop) -> Row:
     """The row of a cell."""
     data = workshop.data(cell["corpus"], cell["fold"])
-    figures = measure_linear(data) if cell["model"] == protocol.LINEAR else workshop.measure(cell)
     documents = load_split(data, "test")
+    if cell["model"] == protocol.LINEAR:
+        figures = tfidf_svm.measure({part: load_split(data, part) for part in SPLITS}, None) | {"share_read": 1.0}
+    else:
+        figures = workshop.measure(cell)
     if cell["corpus"] in synthetic_suite.TASKS:
         figures["accuracy_by_distance"] = by_distance(documents, figures["right"])
     else:
-        long = [int(hit) for hit, d in zip(figures["right"], documents, strict=True) if d["tokens"] > LONG]
-        figures["accuracy_long"] = mean(long) if long else None
+        figures["accuracy_long"] = accuracy_of_long(documents, figures["right"])
     return {**cell, **figures}
 
 
@@ -230,7 +207,7 @@ def name_of(cell: Cell) -> str:
 
 def left(groups: Sequence[Sequence[Study]], rows: Sequence[Row]) -> int:
     """How many cells have no row yet, of as many as can be told so far."""
-    done = sum(has_row(cell, rows) for group in groups for cell in cells(group, rows))
+    done = sum(find(rows, **cell) is not None for group in groups for cell in cells(group, rows))
     return sum(len(study.tuning(rows)) + len(study.runs) - 1 for group in groups for study in group) - done
 
 

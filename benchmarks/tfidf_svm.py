@@ -7,12 +7,13 @@ in a cross-validation, and the validation set's.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import sklearn
 from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.metrics import accuracy_score
+from sklearn.metrics import accuracy_score, f1_score
 from sklearn.model_selection import KFold
 from sklearn.svm import LinearSVC
 
@@ -34,6 +35,22 @@ class Fitted(NamedTuple):
     c: float
     held_out_accuracy: float
     predictions: list[str]
+
+
+def measure(fold: dict[str, list[Document]], words: int | None) -> dict[str, Any]:
+    """Figures of `fit`, the seconds that it takes, and `right`: a 1 for each document of the test set, or a 0."""
+    start = time.perf_counter()
+    fitted = fit(fold, words)
+    seconds = time.perf_counter() - start
+    truth = labels(fold["test"])
+    return {
+        "C": fitted.c,
+        "held_out_accuracy": fitted.held_out_accuracy,
+        "accuracy": accuracy_score(truth, fitted.predictions),
+        "f1_macro": float(f1_score(truth, fitted.predictions, average="macro", zero_division=0)),
+        "seconds": round(seconds, 1),
+        "right": "".join(str(int(said == label)) for said, label in zip(fitted.predictions, truth, strict=True)),
+    }
 
 
 def fit(fold: dict[str, list[Document]], words: int | None) -> Fitted:
