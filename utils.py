@@ -23,9 +23,9 @@ import logging
 import os
 import pickle
 import re
+import secrets
 import signal
 import sys
-import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -336,13 +336,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; it becomes `path` when the block ends well and vanishes otherwise."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f"{TEMPORARY}{path.name}.", suffix=path.suffix)
-    os.close(descriptor)
-    temporary = Path(name)
+    temporary = path.with_name(f"{TEMPORARY}{path.name}.{secrets.token_hex(4)}{path.suffix}")
     try:
         with writing_to(path):
             yield temporary
-        temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -358,12 +355,6 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of what the file holds, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def made_up_folder(name: str) -> Path:
@@ -409,10 +400,6 @@ def log_gpu_usage() -> None:
     """Log allocated, reserved and total memory of each GPU."""
     for index in range(torch.cuda.device_count()):
         total = torch.cuda.get_device_properties(index).total_memory
-        logger.info(
-            "GPU %d: %.2f GiB allocated, %.2f GiB reserved, %.2f GiB in all",
-            index,
-            torch.cuda.memory_allocated(index) / 2**30,
-            torch.cuda.memory_reserved(index) / 2**30,
-            total / 2**30,
-        )
+        sizes = torch.cuda.memory_allocated(index), torch.cuda.memory_reserved(index), total
+        gigabytes = (size / 2**30 for size in sizes)
+        logger.info("GPU %d: %.2f GiB allocated, %.2f GiB reserved, %.2f GiB in all", index, *gigabytes)
