@@ -1,7 +1,7 @@
 """Training: from the settings to a run folder and a best model.
 
-`fit` goes through the stages (load the data, build model and engine, train) with a budget; `train` hands it epochs,
-`train_by_steps.train_by_steps` optimizer steps, and nothing else differs. The loop itself is in `engine.trainer`.
+`fit` goes through the stages (load the data, build model and engine, train) with a budget: `--epochs`, or the optimizer
+steps that `train_by_steps` hands it, and nothing else differs. The loop itself is in `engine.trainer`.
 """
 
 from __future__ import annotations
@@ -80,12 +80,12 @@ class Trained(NamedTuple):
 
 def train(settings: Settings) -> Trained:
     """Train for `--epochs`."""
-    return fit(settings, epochs=settings.epochs)
+    return fit(settings)
 
 
 @error_handler(error_type=TrainingError)
-def fit(settings: Settings, *, epochs: int | None = None, steps: int | None = None) -> Trained:
-    """Train for so many epochs, or so many optimizer steps, and keep the best model.
+def fit(settings: Settings, steps: int | None = None) -> Trained:
+    """Train for `--epochs`, or for so many optimizer steps, and keep the best model.
 
     Raises:
         ConfigError, DataError, ModelError, TrainingError: as the stage that fails says it.
@@ -99,7 +99,7 @@ def fit(settings: Settings, *, epochs: int | None = None, steps: int | None = No
             data = load_data(settings, run, start)
             model = build_model(settings, data.train.label_names, data.tokenizer, start and start.checkpoint.model)
             del start  # or a second model would lie in memory while this one is trained
-            trainer = build_trainer(settings, data, run, model, device, resume_from, epochs=epochs, steps=steps)
+            trainer = build_trainer(settings, data, run, model, device, resume_from, steps)
         if resume_from is not None and trainer.is_at_end(resume_from):
             logger.info("the run is at its end already: %s", resume_from)
             if not run.best_model.is_dir():
@@ -226,7 +226,7 @@ def optimizer_type(settings: Settings, *, fp16: bool) -> tuple[type[torch.optim.
     return kind, {"lr": settings.learning_rate, "fused": not fp16, **options}
 
 
-@validate_params(epochs=(int, type(None)), steps=(int, type(None)))
+@validate_params(steps=int)
 def build_trainer(
     settings: Settings,
     data: Data,
@@ -234,14 +234,12 @@ def build_trainer(
     model: PreTrainedModel,
     device: torch.device,
     resume_from: str | None,
-    *,
-    epochs: int | None,
-    steps: int | None,
+    steps: int | None = None,
 ) -> ReBertaTrainer:
-    """The engine, ready to train."""
+    """The engine, ready to train for `--epochs`, or for so many optimizer steps."""
     if settings.report_to != "none" and find_spec(settings.report_to) is None:
         raise ConfigError(f"--report_to {settings.report_to}: is not installed; pip install {settings.report_to}")
-    args = _training_arguments(settings, run, device, resume_from, epochs, steps)
+    args = _training_arguments(settings, run, device, resume_from, steps)
     trainer = ReBertaTrainer(
         settings,
         data,
@@ -261,7 +259,7 @@ def build_trainer(
     if settings.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
     updates = math.ceil(len(trainer.train_sampler) / settings.gradient_accumulation_steps)
-    budget = steps or updates * (epochs or 1)
+    budget = steps or updates * settings.epochs
     if (settings.num_warmup_steps or 0) > budget:
         raise ConfigError(
             f"--num_warmup_steps {settings.num_warmup_steps} is more than the {budget} steps of this run: "
@@ -286,19 +284,14 @@ class _Progress(ProgressCallback):
 
 
 def _training_arguments(
-    settings: Settings,
-    run: RunFolder,
-    device: torch.device,
-    resume_from: str | None,
-    epochs: int | None,
-    steps: int | None,
+    settings: Settings, run: RunFolder, device: torch.device, resume_from: str | None, steps: int | None
 ) -> TrainingArguments:
     precision = mixed_precision_type(settings.mixed_precision_type, device) if settings.mixed_precision else None
     when = "steps" if settings.eval_every else "epoch"
     warmup = 0.1 if settings.num_warmup_steps is None else settings.num_warmup_steps
     arguments = TrainingArguments(
         output_dir=str(run.folder),
-        num_train_epochs=epochs or 1,
+        num_train_epochs=settings.epochs,
         max_steps=steps or -1,
         per_device_train_batch_size=settings.batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,

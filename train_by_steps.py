@@ -8,4 +8,4 @@ from train import Trained, fit
 
 def train_by_steps(settings: Settings) -> Trained:
     """Train for `--total_steps`."""
-    return fit(settings, steps=settings.total_steps)
+    return fit(settings, settings.total_steps)

@@ -231,9 +231,7 @@ def training(model: str, shape: Shape, steps: int, folder: Path) -> list[Row]:
     with open_run_folder(settings) as (run, _):
         data = load_data(settings, run)
     ours, bare = (build_model(settings, data.train.label_names, data.tokenizer) for _ in range(2))
-    trainer = build_trainer(
-        settings, data, run, ours, torch.device("cpu"), None, epochs=None, steps=settings.total_steps
-    )
+    trainer = build_trainer(settings, data, run, ours, torch.device("cpu"), None, settings.total_steps)
     batches = [trainer.data_collator([data.train[i] for i in batch]) for batch in trainer.train_sampler]
     alternate = Alternate(bare, batches)
     trainer.add_callback(alternate)

@@ -75,7 +75,7 @@ def trainer(arguments) -> ReBertaTrainer:
     with open_run_folder(settings) as (folder, _):
         data = load_data(settings, folder)
     model = build_model(settings, data.train.label_names, data.tokenizer)
-    return build_trainer(settings, data, folder, model, torch.device("cpu"), None, epochs=1, steps=None)
+    return build_trainer(settings, data, folder, model, torch.device("cpu"), None)
 
 
 def one_pass(trainer: ReBertaTrainer, level: int, documents: int, windows: int) -> tuple[Meter, int]:
