@@ -34,9 +34,8 @@ from engine.trainer import ReBertaTrainer
 from models.encoder import max_window_size
 from utils import ResourceError, TrainingError, error_handler, logger
 
-MARGIN = (
-    1.1  # on what is measured: masks of padded windows, kernels' workspaces, holes in the heap (up to 5 % were seen)
-)
+# on what is measured: masks of padded windows, kernels' workspaces, holes in the heap (up to 5 % were seen)
+MARGIN = 1.1
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 MEASURED_TOKENS = 256  # a measured pass is of so many tokens at least, or weight gradients would drown activations
 MOST_WINDOWS = 100_000  # as good as no limit, for aggregations that have none
@@ -157,8 +156,7 @@ def plan_memory(trainer: ReBertaTrainer) -> None:
     costs = measure_costs(trainer, budget - held_memory(device) - state)
     held = held_memory(device) + state  # the weights are read from their file and the libraries loaded by now
     room = (budget - held) / MARGIN
-    pinned = 2 if settings.gradient_checkpointing else settings.memory_level
-    levels = [0, 1, 2] if pinned == "auto" else [int(pinned)]
+    levels = [0, 1, 2] if model.config.memory_level == "auto" else [model.config.memory_level]
     counts = trainer.data.train.window_counts
     plan = choose(costs, levels, largest_batches(settings, counts), settings.batch_size, room)
     encoder_reads = settings.aggregation == "encoder"
@@ -251,9 +249,9 @@ def measure_costs(trainer: ReBertaTrainer, room: float) -> dict[int, Cost]:
     devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
     with torch.random.fork_rng(devices):
         trainer.model.train()
-        costs = {2: _cost_of_level_2(trainer)}
+        costs = {2: _cost(trainer, 2)}
         try:
-            costs[0] = _cost_of_level_0(trainer, room)
+            costs[0] = _cost(trainer, 0, room)
             costs[1] = _cost_of_level_1(costs[0], costs[2], trainer)
         except TooMuch:
             logger.debug("memory: two windows with all their activations need more than %s", _gigabytes(room))
@@ -288,32 +286,21 @@ def _measure(trainer: ReBertaTrainer, level: int, documents: int, windows: int, 
     return Pass(kept, meter.peak, meter.peak_tables)
 
 
-def _cost_of_level_2(trainer: ReBertaTrainer) -> Cost:
-    documents = max(1, MEASURED_TOKENS // trainer.settings.window_size)
+def _cost(trainer: ReBertaTrainer, level: int, room: float = math.inf) -> Cost:
+    """Of level 0 or 2, from three passes: with one window more, and with twice the documents, than the smallest."""
+    size = trainer.settings.window_size
+    documents, windows = max(1, MEASURED_TOKENS // size), 2 if level == 2 else 1
     shorter, longer, wider = (
-        _measure(trainer, 2, *shape) for shape in ((documents, 2), (documents, 3), (2 * documents, 2))
+        _measure(trainer, level, *shape, room)
+        for shape in ((documents, windows), (documents, windows + 1), (2 * documents, windows))
     )
-    window = (longer.kept - shorter.kept) / documents  # the peaks differ by sums of gradients, which grow no further
-    document = (wider.peak - shorter.peak) / documents - 2 * window
+    # with level 2 the peaks differ by sums of gradients, which grow no further
+    grown = longer.kept - shorter.kept if level == 2 else longer.peak - shorter.peak
+    window = grown / documents
+    document = (wider.peak - shorter.peak) / documents - windows * window
     fixed = 2 * shorter.peak - wider.peak + shorter.tables
-    return Cost(
-        shorter.peak + shorter.tables,
-        fixed,
-        document,
-        window,
-        _aggregation(trainer, document / trainer.settings.window_size),
-    )
-
-
-def _cost_of_level_0(trainer: ReBertaTrainer, room: float) -> Cost:
-    documents = max(1, MEASURED_TOKENS // trainer.settings.window_size)
-    shorter, longer, wider = (
-        _measure(trainer, 0, *shape, room) for shape in ((documents, 1), (documents, 2), (2 * documents, 1))
-    )
-    window = (longer.peak - shorter.peak) / documents
-    document = (wider.peak - shorter.peak) / documents - window
-    fixed = 2 * shorter.peak - wider.peak + shorter.tables
-    return Cost(shorter.peak + shorter.tables, fixed, document, window, 0.0)
+    aggregation = _aggregation(trainer, document / size) if level == 2 else 0.0
+    return Cost(shorter.peak + shorter.tables, fixed, document, window, aggregation)
 
 
 def _cost_of_level_1(kept: Cost, recomputed: Cost, trainer: ReBertaTrainer) -> Cost:
