@@ -105,15 +105,13 @@ class EncoderAggregation(nn.Module):
         """`encode` maps embeddings [B, N + 2, D] and a mask [B, N + 2] to the encoder's output at position 0."""
         batch, windows, size = normed_states_BND.shape
         count_B = exists_BN.sum(1)
-        slots = torch.arange(windows, device=exists_BN.device)
         # existing windows are at the front, so that [G_SEP] follows the last one at once, as after any sentence
         content = torch.cat([normed_states_BND, normed_states_BND.new_zeros(batch, 1, size)], dim=1)
         at_end_BN1 = torch.arange(windows + 1, device=exists_BN.device) == count_B.unsqueeze(1)
         content = torch.where(at_end_BN1.unsqueeze(-1), sep_D, content)
         sequence = torch.cat([cls_D.expand(batch, 1, size), content], dim=1)
         mask = torch.arange(windows + 2, device=exists_BN.device) < (count_B + 2).unsqueeze(1)
-        mean_BD = masked_mean(states_BND, slots < count_B.unsqueeze(1))
-        return self.join(encode(sequence, mask.long()), mean_BD)
+        return self.join(encode(sequence, mask.long()), masked_mean(states_BND, exists_BN))
 
     def join(self, output_BD: Tensor, mean_BD: Tensor) -> Tensor:
         """The document state of the encoder's output g and the mean of the window states, all [B, D]."""

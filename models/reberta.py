@@ -208,51 +208,30 @@ class RecurrentRoBERTa(PreTrainedModel):
         return output
 
     def _classify(self, input_ids: Tensor, attention_mask: Tensor, skip_BN: Tensor) -> ReBertaOutput:
-        exists_BN = attention_mask.any(-1)
-        # existing windows to the front, documents with many windows first; undone at the end
-        windows_BN = torch.argsort(exists_BN.int(), dim=1, descending=True, stable=True)
-        rows_B = torch.argsort(exists_BN.sum(1), descending=True, stable=True)
-        windows_BN = windows_BN[rows_B]
-        exists_BN = exists_BN[rows_B].gather(1, windows_BN)
-        tokens_BNW = windows_BN.unsqueeze(-1).expand_as(input_ids)
-        batch = plan_batch(
-            token_lookup(self.encoder),
-            input_ids[rows_B].gather(1, tokens_BNW),
-            attention_mask[rows_B].gather(1, tokens_BNW).bool(),
-            skip_BN[rows_B].gather(1, windows_BN),
-        )
-
+        batch = plan_batch(token_lookup(self.encoder), input_ids, attention_mask.bool(), skip_BN)
         weights = cast_weights(self.encoder)
         document_BD: Tensor | None = None
         window_gates, global_gates, failures = [], [], []
         for _ in range(self.config.num_repeats):
             with using(weights):
                 states_BND, gates_BN, failed_BN, entered_B, memory_BND = self._read_windows(batch, document_BD)
-            read_BN = exists_BN[:, : states_BND.shape[1]]
+            read_BN = batch.exists[:, : states_BND.shape[1]]
             document_BD = self._aggregate(batch, states_BND, read_BN)
             document_BD = self._with_memory(document_BD, memory_BND, read_BN)
             window_gates.append(gates_BN)
             global_gates.append(entered_B)
             failures.append(failed_BN)
         assert document_BD is not None
-
-        back_B = torch.argsort(rows_B)
-        slots_BN = torch.argsort(windows_BN, dim=1)[back_B]
-
-        def in_place(values: Tensor) -> Tensor:
-            absent = values.new_zeros(len(values), slots_BN.shape[1] - values.shape[1], *values.shape[2:])
-            return torch.cat([values, absent], dim=1)[back_B.unsqueeze(1), slots_BN]
-
-        window_states_BND = in_place(states_BND)
+        window_states_BND = batch.windows_as_given(states_BND)
         hidden_states = HiddenStates(
             window_states=window_states_BND,
-            document_state=document_BD[back_B],
-            window_gates=torch.stack([in_place(gates_BN) for gates_BN in window_gates]),
-            global_gates=torch.stack([entered_B[back_B] for entered_B in global_gates]),
-            window_failures=in_place(torch.stack(failures).any(0)),
+            document_state=document_BD[batch.place],
+            window_gates=torch.stack(list(map(batch.windows_as_given, window_gates))),
+            global_gates=torch.stack([entered_B[batch.place] for entered_B in global_gates]),
+            window_failures=batch.windows_as_given(torch.stack(failures).any(0)),
             window_logits=self._head(window_states_BND) if self.config.window_loss and self.training else None,
         )
-        return ReBertaOutput(self._head(document_BD)[back_B], hidden_states)
+        return ReBertaOutput(self._head(document_BD)[batch.place], hidden_states)
 
     def _read_windows(
         self, batch: Batch, document_BD: Tensor | None
