@@ -1,4 +1,4 @@
-"""What a ReBerta is built from, and what of it an encoder cannot do."""
+"""What a model of this package is built from; for a ReBerta, also what of it an encoder cannot do."""
 
 from __future__ import annotations
 
@@ -20,21 +20,35 @@ POOLINGS = ("cls", "mean")
 CARRIES = ("gru", "gated", "residual", "none")
 
 
-class ReBertaConfig(PreTrainedConfig):
-    """What `RecurrentRoBERTa` is built from. `id2label`, `label2id` and `problem_type` are transformers' own.
+class DocumentConfig(PreTrainedConfig):
+    """What all models have: what of a document is read, and how logits become labels.
 
-    `calibration_temperature`, by which logits are divided before they become probabilities, and `thresholds` by class
-    are fitted to validation data. (A plain `temperature` is transformers' own, for generation.)
+    `id2label`, `label2id` and `problem_type` are transformers' own. `calibration_temperature`, by which logits are
+    divided before they become probabilities, and `thresholds` by class are fitted to validation data. (A plain
+    `temperature` is transformers' own, for generation.)
     """
 
-    model_type = "reberta"
-
-    encoder_config: dict | PreTrainedConfig | None = None
     window_size: int = 256
     window_overlap: int = 0
     max_windows: int = 16
     max_len: int | None = None
     read: str = "first"
+    dropout: float = 0.1
+    memory_level: int | str = "auto"
+    calibration_temperature: float = 1.0
+    thresholds: list[float] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.custom_pipelines = CUSTOM_PIPELINES
+        super().__post_init__(**kwargs)
+
+
+class ReBertaConfig(DocumentConfig):
+    """What `RecurrentRoBERTa` is built from."""
+
+    model_type = "reberta"
+
+    encoder_config: dict | PreTrainedConfig | None = None
     num_repeats: int = 1
     encoder_layers: int | None = None
     pooling: str = "cls"
@@ -44,18 +58,13 @@ class ReBertaConfig(PreTrainedConfig):
     gate_bias: float = 0.0
     aggregation: str = "encoder"
     position_encoding: str = "absolute"
-    dropout: float = 0.1
     attention_dropout: float = 0.0
-    memory_level: int | str = "auto"
     window_loss: float = 0.0
     cls_token_id: int | None = None
-    calibration_temperature: float = 1.0
-    thresholds: list[float] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         if isinstance(self.encoder_config, dict):
             self.encoder_config = AutoConfig.for_model(**self.encoder_config)
-        self.custom_pipelines = CUSTOM_PIPELINES
         super().__post_init__(**kwargs)
 
     def check(self, encoder: PreTrainedModel) -> None:

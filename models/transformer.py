@@ -8,22 +8,19 @@ Shapes: B documents, N windows, W tokens of a window, T tokens of a document, D 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 from transformers import initialization as init
 
 from .aggregation import masked_mean, sinusoids, transformer_layer
-from .configuration import ConfigError
+from .configuration import ConfigError, DocumentConfig
 from .encoder import Dropout, recomputed
 from .output import INITIALIZER_RANGE, HiddenStates, ReBertaOutput
-from .pipeline import CUSTOM_PIPELINES
 
 
-class TransformerConfig(PreTrainedConfig):
-    """What `TransformerClassifier` is built from, and what of a document it reads."""
+class TransformerConfig(DocumentConfig):
+    """What `TransformerClassifier` is built from."""
 
     model_type = "reberta_transformer"
 
@@ -32,19 +29,6 @@ class TransformerConfig(PreTrainedConfig):
     num_hidden_layers: int = 2
     num_attention_heads: int = 4
     intermediate_size: int = 256
-    window_size: int = 256
-    window_overlap: int = 0
-    max_windows: int = 16
-    max_len: int | None = None
-    read: str = "first"
-    dropout: float = 0.1
-    memory_level: int | str = "auto"
-    calibration_temperature: float = 1.0
-    thresholds: list[float] | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        self.custom_pipelines = CUSTOM_PIPELINES
-        super().__post_init__(**kwargs)
 
 
 class TransformerClassifier(PreTrainedModel):
