@@ -6,7 +6,7 @@ choices; what depends on two options stands in `contradictions`, how they are re
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -241,18 +241,6 @@ class OutputOptions(Options):
     output_path: str | None = Field(None, description="mode predict: the file to write, .csv or .jsonl")
 
 
-GROUPS: tuple[type[Options], ...] = (
-    RunOptions,
-    DataOptions,
-    ModelOptions,
-    TrainingOptions,
-    ScheduleOptions,
-    PrecisionOptions,
-    AugmentationOptions,
-    OutputOptions,
-)
-
-
 class Settings(
     OutputOptions,
     AugmentationOptions,
@@ -264,3 +252,6 @@ class Settings(
     RunOptions,
 ):
     """All options of a run, flat and frozen."""
+
+
+GROUPS: tuple[Any, ...] = Settings.__bases__[::-1]  # in the order of --help
