@@ -12,7 +12,6 @@ Exit codes: 0 done; 1 unexpected; 2 options; 3 data; 4 model or checkpoint; 5 tr
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from typing import Any
 
 from command_line import parse_settings
 from config import DEFAULT_TEST_PATH, Settings
-from processes import leave_processes, said_once, stop_at_once
+from processes import leave_processes, process_count, said_once, stop_at_once
 from utils import (
     ConfigError,
     ReBertaError,
@@ -37,7 +36,7 @@ from utils import (
 
 def dispatch(settings: Settings) -> None:
     """Run the mode. Modes are imported here, so that `--help` and a wrong option answer at once."""
-    if settings.mode in ("analyze", "export") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if settings.mode in ("analyze", "export") and process_count() > 1:
         raise ConfigError(f"--mode {settings.mode} is done by one process; start it without torchrun")
     if settings.mode == "evaluate":
         from evaluate import evaluate

@@ -34,7 +34,7 @@ from evaluate import Reader, load_reader
 from evaluation_utils import check_documents, check_share, predict
 from models.checkpoint import checkpoint_hash
 from models.registry import READING
-from processes import under_torchrun
+from processes import process_count, under_torchrun
 from utils import TEMPORARY, ConfigError, DataError, DataLoadError, error_handler, get_device, logger, make_folder
 
 PART_DOCUMENTS = 1000
@@ -96,7 +96,7 @@ def share_of(settings: Settings) -> Share:
         return Share(int(number) - 1, int(of))
     if settings.shard is not None:
         raise ConfigError("--shard does not go with torchrun, which gives each of its processes a share; leave it out")
-    return Share(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+    return Share(int(os.environ["RANK"]), process_count())
 
 
 def device_of(settings: Settings) -> torch.device:

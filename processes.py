@@ -65,6 +65,11 @@ def under_torchrun() -> bool:
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
+def process_count() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def join_processes(device: torch.device) -> torch.device:
     """Join the processes that torchrun started, by gloo on CPUs and NCCL on GPUs; give this one's own device.
 

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 from config import Settings
 from engine.run_checkpoints import STATE_FILE, fault, newest_whole, set_aside, step_of
 from pretrained import RUN_STATUS
-from processes import gather
+from processes import gather, process_count
 from utils import (
     TEMPORARY,
     ConfigError,
@@ -209,9 +209,9 @@ def _refuse_other_settings(option: str, folder: Path, settings: Settings) -> Non
     before, now = _read_json(folder / SETTINGS_FILE), settings.model_dump(mode="json")
     changed = [name for name in now if name not in FREE_TO_CHANGE and before.get(name) != now[name]]
     faults = [f"--{name} was {before.get(name)}, is {now[name]}" for name in changed]
-    processes = _read_json(folder / ENVIRONMENT_FILE).get("processes", _processes())
-    if processes != _processes():
-        faults.append(f"it had {processes} processes, now {_processes()}")
+    processes = _read_json(folder / ENVIRONMENT_FILE).get("processes", process_count())
+    if processes != process_count():
+        faults.append(f"it had {processes} processes, now {process_count()}")
     if faults:
         raise ConfigError(f"{option}: holds a run with other settings ({'; '.join(faults)}); give another folder")
 
@@ -235,16 +235,12 @@ def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def _environment(settings: Settings) -> dict[str, Any]:
     return {
         "command": sys.argv,
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "seed": settings.seed,
-        "processes": _processes(),
+        "processes": process_count(),
         "data": {},
         "python": platform.python_version(),
         "platform": platform.platform(),
