@@ -205,8 +205,6 @@ def find_tokenizer(source: str) -> PreTrainedTokenizerBase:
 def masking(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Masking | None:
     if not settings.use_augmentation:
         return None
-    if tokenizer.mask_token_id is None:
-        raise ConfigError("--use_augmentation: the encoder's tokenizer has no mask token")
     return Masking(
         probability=settings.random_mask_prob,
         max_tokens=settings.max_mask_tokens,
