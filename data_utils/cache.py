@@ -190,26 +190,25 @@ def prepare(preparation: Preparation, cache_dir: Path | None = None) -> Path:
     folder = root / key
     if is_whole(folder):
         return folder
-    lock = FileLock(root / f"{key}.lock")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _acquire(lock)
+        lock = _acquired(root / f"{key}.lock")
     except OSError as error:
         raise ResourceError(f"{root}: the cache cannot be written ({error}); make the folder writable") from error
-    try:
+    with lock:
         if not is_whole(folder):
             _build_in_place(preparation, key, folder)
-    finally:
-        lock.release()
     return folder
 
 
-def _acquire(lock: FileLock) -> None:
+def _acquired(path: Path) -> contextlib.AbstractContextManager:
+    """The lock, which is released when the context ends."""
+    lock = FileLock(path)
     try:
-        lock.acquire(blocking=False)
+        return lock.acquire(blocking=False)
     except Timeout:
         logger.info("Another process prepares these documents; waiting for it")
-        lock.acquire()
+        return lock.acquire()
 
 
 def _build_in_place(preparation: Preparation, key: str, folder: Path) -> None:
