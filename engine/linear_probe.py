@@ -10,7 +10,7 @@ classes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -71,10 +71,10 @@ def fit_head(trainer: ReBertaTrainer) -> None:
 
     The regression has the objective of training. The training set is read `--probe_epochs` times as training reads it,
     but without gradients and dropout; once, where neither drawn windows nor masks make its epochs differ. The strength
-    of regularisation is the one of lowest log loss, at the temperature that suits it, of documents that were held out:
-    those of the training set in a cross-validation of FOLDS parts, and those of the validation set, too few of which
-    there often are. The states are held in memory, 4 D bytes for a document and epoch, and for a window with
-    `--window_loss`. Every process does the same.
+    of regularisation is the one of the lowest log loss, after a temperature is fitted, of documents that were held out:
+    those of the validation set, which are often too few, and those of the training set, in a cross-validation of FOLDS
+    parts. The states are held in memory, 4 D bytes for a document and epoch, and for a window with `--window_loss`.
+    Every process does the same.
 
     Raises:
         TrainingError: a document cannot be read, or more windows failed than `--max_window_failures` allows.
@@ -91,25 +91,16 @@ def fit_head(trainer: ReBertaTrainer) -> None:
     documents, windows = States.joined(document_parts), States.joined(window_parts)
     held_out, _ = _read(trainer, trainer.data.validation, "probe, validation")
     states = States.joined([documents, windows])
-    with torch.no_grad():
-        mean_D, deviation_D = states.mean_and_deviation()
-        # some dimensions of an encoder are all but constant; drawn out, any change of them would drown the others
-        scale_D = SPREAD / deviation_D.clamp(min=LEAST_DEVIATION * deviation_D.mean())
-        model.pooler.weight.copy_(scale_D.diag())
-        model.pooler.bias.copy_(-scale_D * mean_D)
-        pooled, read_whole, held_out = (
-            s._replace(values_nD=model.pooler(s.values_nD).tanh()) for s in (states, documents.by_document(), held_out)
-        )
+    _standardise(model.pooler, states)
+    pooled, read_whole, held_out = (_pooled(model.pooler, part) for part in (states, documents.by_document(), held_out))
     fit = partial(fit_classifiers, classes=model.config.num_labels, objective=trainer.objective)
     classifiers = fit(pooled)
-    logits_parts, labels_parts = [_logits(classifiers, held_out)], [held_out.labels]
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(settings.seed))
-    fold_of = (order % FOLDS).to(states.documents_n.device)
-    for fold in tqdm(range(FOLDS), desc="probe, cross-validation", leave=False, disable=None):
-        left_out = read_whole.where(fold_of[read_whole.documents_n] == fold)
-        logits_parts.append(_logits(fit(pooled.where(fold_of[pooled.documents_n] != fold)), left_out))
-        labels_parts.append(left_out.labels)
-    logits_SmC, labels = torch.cat(logits_parts, 1), torch.cat(labels_parts)
+    found = [
+        (_logits(classifiers, held_out), held_out.labels),
+        *_cross_validated(fit, pooled, read_whole, (order % FOLDS).to(states.documents_n.device)),
+    ]
+    logits_SmC, labels = torch.cat([logits for logits, _ in found], 1), torch.cat([labels for _, labels in found])
     temperatures = [fit_temperature(logits.cpu().numpy(), labels.cpu().numpy()) for logits in logits_SmC]
     losses = [
         float(trainer.objective.losses(logits / temperature, labels).mean())
@@ -125,6 +116,30 @@ def fit_head(trainer: ReBertaTrainer) -> None:
         losses[best],
         len(labels),
     )
+
+
+@torch.no_grad()
+def _standardise(pooler: nn.Linear, states: States) -> None:
+    """Give what comes out of the pooler, before its tanh, mean 0 and standard deviation SPREAD in each dimension."""
+    mean_D, deviation_D = states.mean_and_deviation()
+    # some dimensions of an encoder are all but constant; drawn out, any change of them would drown the others
+    scale_D = SPREAD / deviation_D.clamp(min=LEAST_DEVIATION * deviation_D.mean())
+    pooler.weight.copy_(scale_D.diag())
+    pooler.bias.copy_(-scale_D * mean_D)
+
+
+@torch.no_grad()
+def _pooled(pooler: nn.Linear, states: States) -> States:
+    return states._replace(values_nD=pooler(states.values_nD).tanh())
+
+
+def _cross_validated(
+    fit: Callable[[States], list[nn.Linear]], pooled: States, documents: States, fold_of: Tensor
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """By fold: logits [classifiers, m, C] of its documents, by classifiers fitted to the others, and their labels."""
+    for fold in tqdm(range(FOLDS), desc="probe, cross-validation", leave=False, disable=None):
+        left_out = documents.where(fold_of[documents.documents_n] == fold)
+        yield _logits(fit(pooled.where(fold_of[pooled.documents_n] != fold)), left_out), left_out.labels
 
 
 def fit_classifiers(states: States, classes: int, objective: Objective) -> list[nn.Linear]:
