@@ -26,8 +26,8 @@ def fit_temperature(logits: np.ndarray, labels: np.ndarray) -> float:
 
     It minimises the log loss, summed over the documents, or over documents and classes with several labels a document,
     plus PRIOR (1 / T + log T). That is a Gamma(PRIOR + 1, PRIOR) prior on 1 / T: least at T = 1, so that the log loss
-    of these documents never rises, and steep near 0, to where a few documents that are all right would drive T. The sum
-    is convex in 1 / T.
+    of these documents never rises, and steep near 0, where a few documents that are all predicted right would drive T.
+    The sum is convex in 1 / T.
 
     Args:
         logits: [n, C], finite.

@@ -215,10 +215,10 @@ def masking(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Masking |
 
 
 def optimizer_type(settings: Settings, *, fp16: bool) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    """Its class and options; fused but under fp16, where a step that overflows is to be skipped.
+    """Its class and options: fused, except under fp16, where a step whose gradients overflow must be skipped.
 
-    A fused one skips by itself: accelerate does not see it and the schedule goes on, and SGD's momentum, where that is
-    the first step, stays uninitialised.
+    A fused optimizer skips it by itself: accelerate does not notice, so that the schedule goes on, and the momentum of
+    SGD stays uninitialised if that step is the first.
     """
     kind, options = OPTIMIZERS[settings.optimizer_type]
     return kind, {"lr": settings.learning_rate, "fused": not fp16, **options}

@@ -41,7 +41,7 @@ from tqdm import tqdm
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# What no input should ever raise, where nothing is read that strangers wrote
+# Errors of the code, which no input should raise, except where a stage reads what strangers wrote
 BUGS = (AttributeError, NameError, AssertionError, TypeError)
 
 logger = logging.getLogger("reberta")

@@ -204,7 +204,7 @@ def _split_text(name: str, summary: Mapping[str, Any], report: Mapping[str, Any]
 
 
 def analyze_corpus(settings: Settings, find_tokenizer: Callable[[str], PreTrainedTokenizerBase]) -> dict[str, Any]:
-    """`--mode analyze`: the splits that were named, or, where none was, those that lie where the defaults look.
+    """`--mode analyze`: the splits that were named, or, where none was, the default ones that are there.
 
     Raises DataError as `analyze`, and whatever `find_tokenizer` does.
     """
@@ -216,8 +216,8 @@ def analyze_corpus(settings: Settings, find_tokenizer: Callable[[str], PreTraine
         "test": ("test_path", settings.test_path or DEFAULT_TEST_PATH),
     }
     named = {split: files for split, (option, files) in paths.items() if option in settings.model_fields_set}
-    lying = {split: files for split, (_, files) in paths.items() if all(Path(file).exists() for file in files)}
-    splits = named or lying or {"train": settings.train_path}
+    present = {split: files for split, (_, files) in paths.items() if all(Path(file).exists() for file in files)}
+    splits = named or present or {"train": settings.train_path}
     for files in splits.values():
         expand_paths(files)  # looked for first: the tokenizer may have to be fetched
     report = analyze(

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from data_utils.dataset import LongTextDataset
 
 _LOWER = bytes(range(256)).lower()
-_SPACES = b" \t\n\r\v\f"  # compatibility normalisation makes the wide and the unbreakable ones of these
+_SPACES = b" \t\n\r\v\f"  # NFKC turns wide and non-breaking spaces into these
 _SHOWN = 5
 
 

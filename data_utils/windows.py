@@ -182,7 +182,7 @@ def flat_windows(
     ends_N = np.cumsum(sizes_N)
     starts_N = np.repeat(np.cumsum(lengths_D) - lengths_D, windows_D) + places_N * step
     sources = np.arange(ends_N[-1]) + np.repeat(starts_N - 1 - (ends_N - sizes_N), sizes_N)
-    flat = np.append(ids_T, np.int32(sep_id))[sources]  # beside its content a window still has its neighbours' tokens
+    flat = np.append(ids_T, np.int32(sep_id))[sources]  # at its ends, a window still has its neighbours' tokens
     flat[ends_N - sizes_N] = cls_id
     flat[ends_N - 1] = sep_id
     return flat, lengths_D + (windows_D - 1) * overlap + windows_D * SPECIALS

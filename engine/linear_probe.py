@@ -122,7 +122,7 @@ def fit_head(trainer: ReBertaTrainer) -> None:
 def _standardise(pooler: nn.Linear, states: States) -> None:
     """Give what comes out of the pooler, before its tanh, mean 0 and standard deviation SPREAD in each dimension."""
     mean_D, deviation_D = states.mean_and_deviation()
-    # some dimensions of an encoder are all but constant; drawn out, any change of them would drown the others
+    # some dimensions of an encoder are all but constant; scaled up to SPREAD, they would drown the others
     scale_D = SPREAD / deviation_D.clamp(min=LEAST_DEVIATION * deviation_D.mean())
     pooler.weight.copy_(scale_D.diag())
     pooler.bias.copy_(-scale_D * mean_D)

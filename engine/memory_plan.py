@@ -97,7 +97,7 @@ class Cost(NamedTuple):
     """What the smallest of the measured passes needed: most of it gradients of the weights."""
     fixed: float
     document: float
-    """A document's activations that are computed again, a part at a time; with level 0, what does not grow."""
+    """A document's activations that are computed again, a part at a time; at level 0, what windows do not add to."""
     window: float
     """What is kept of each window of a document."""
     aggregation: float

@@ -217,7 +217,7 @@ def _refuse_other_settings(option: str, folder: Path, settings: Settings) -> Non
 
 
 def _refuse_to_replace_another_model(run: RunFolder) -> None:
-    """Run folders of one name in two places would have their best models in one; and what else lies there stays."""
+    """Runs whose folders have one name share the best model's place; another run's model and other files stay there."""
     owner = _read_json(run.best_model / SETTINGS_FILE).get("output_dir")
     if owner is not None and Path(owner).resolve() != run.folder.resolve():
         raise ConfigError(

@@ -95,7 +95,7 @@ class ReBertaTrainer(PiecewiseTrainer):
         return self.ema.module if self.ema is not None else self.model
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Four groups: with or without weight decay, and fresh or not, as a head is not that a probe has fitted."""
+        """Four groups: with or without weight decay, and fresh weights or not; those of a fitted head are not."""
         model = model or self.model
         known = ("encoder.", "pooler.", "classifier.") if self.settings.probe_epochs else ("encoder.",)
         decayed = set(self.get_decay_parameter_names(model))
@@ -194,7 +194,7 @@ class ReBertaTrainer(PiecewiseTrainer):
         return metrics
 
     def _clearly_better_than(self, losses_n: Tensor) -> bool:
-        """A simple model, that has seen no gradient, needs a reason to be left."""
+        """Whether the mean log loss is lower by more than the standard error of the difference by documents."""
         gains_n = losses_n - self._losses_n
         gain, error = float(gains_n.mean()), float(gains_n.std()) / math.sqrt(len(gains_n))
         if gain <= error:

@@ -274,7 +274,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _check_decisions(path: Path, config: PreTrainedConfig) -> None:
-    """Raises ModelError where what turns logits into labels is nothing that validation data could have given."""
+    """Raises ModelError where temperature or thresholds are not values that could be fitted to validation data."""
     temperature, thresholds, classes = config.calibration_temperature, config.thresholds, config.num_labels
     if not _is_within(temperature, 1e-3, 1e3):
         fault = f"its calibration_temperature is {temperature!r}, which must be a number from 0.001 to 1000"

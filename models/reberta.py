@@ -194,8 +194,8 @@ class RecurrentRoBERTa(PreTrainedModel):
             raise ConfigError(f"windows of {attention_mask.shape[-1]} tokens; this encoder takes {self.positions}")
         failed_BN = torch.zeros_like(attention_mask[:, :, 0], dtype=torch.bool)
         output = self._classify(input_ids, attention_mask, failed_BN)
-        # Read again without them: a replaced state still sends a gradient that is no number through the failed window.
-        # Under dropout others may fail then.
+        # Read again without them: though its state is replaced, a failed window would send NaN gradients back. With
+        # dropout, others may fail in the second reading.
         while (output.hidden_states.window_failures & ~failed_BN).any():
             failed_BN = failed_BN | output.hidden_states.window_failures
             exists_BN = attention_mask.any(-1)
