@@ -32,7 +32,7 @@ from config import Settings
 from data_utils.overlap import text_hash
 from data_utils.readers import Quarantine, checked_records
 from data_utils.records import Columns, ProblemType, Record
-from data_utils.tokenization import Tokens, tokenize
+from data_utils.tokenization import Tokens, batches, tokenize
 from data_utils.windows import Reading, flat_windows, word_starts_at
 from utils import DataLoadError, ResourceError, logger, writing_to
 
@@ -106,7 +106,7 @@ class Preparation:
             pa.ipc.new_stream(file, SCHEMA) as writer,
             _frozen_heap(),
         ):
-            for documents in _flushes(self._tokenized(quarantine)):
+            for documents in batches(self._tokenized(quarantine), lambda row: len(row[1].ids), _FLUSH_TOKENS):
                 writer.write_batch(self._record_batch(documents))
         sizes = {name: (folder / name).stat().st_size for name in (DOCUMENTS, QUARANTINE)}
         (folder / MANIFEST).write_text(json.dumps(sizes), encoding="utf-8")
@@ -165,19 +165,6 @@ def _frozen_heap() -> Iterator[None]:
 def _lists(values: np.ndarray, lengths_D: np.ndarray) -> pa.ListArray:
     """`values` cut into lists of these lengths."""
     return pa.ListArray.from_arrays(np.append(0, np.cumsum(lengths_D)).astype(np.int32), values)
-
-
-def _flushes(documents: Iterator[tuple[Row, Tokens]]) -> Iterator[list[tuple[Row, Tokens]]]:
-    waiting: list[tuple[Row, Tokens]] = []
-    count = 0
-    for row, tokens in documents:
-        waiting.append((row, tokens))
-        count += len(tokens.ids)
-        if count >= _FLUSH_TOKENS:
-            yield waiting
-            waiting, count = [], 0
-    if waiting:
-        yield waiting
 
 
 def prepare(preparation: Preparation, cache_dir: Path | None = None) -> Path:

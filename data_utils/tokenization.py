@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise
 from pathlib import Path
@@ -72,7 +72,8 @@ def tokenize(
     splits = _splits_at_whitespace(tokenizer)
     ids: list[np.ndarray] = []
     word_starts: list[np.ndarray] = []
-    for (key, piece, is_last), encoding in _encoded(tokenizer, _batches(_pieces(documents, splits)), words):
+    pieces = batches(_pieces(documents, splits), lambda piece: len(piece[1]), BATCH_CHARACTERS)
+    for (key, piece, is_last), encoding in _encoded(tokenizer, pieces, words):
         ids.append(np.fromiter(encoding.ids, np.int32, len(encoding)))
         if words:
             word_starts.append(_word_starts(piece, encoding))
@@ -94,15 +95,16 @@ def _pieces(documents: Iterable[tuple[T, str]], splits: bool) -> Iterator[tuple[
         yield key, text[start:], True
 
 
-def _batches(pieces: Iterator[tuple[T, str, bool]]) -> Iterator[list[tuple[T, str, bool]]]:
-    batch: list[tuple[T, str, bool]] = []
-    characters = 0
-    for piece in pieces:
-        batch.append(piece)
-        characters += len(piece[1])
-        if characters >= BATCH_CHARACTERS:
+def batches(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """The items in lists, each of which ends with the item that brings the sum of its sizes to `limit`."""
+    batch: list[T] = []
+    total = 0
+    for item in items:
+        batch.append(item)
+        total += size(item)
+        if total >= limit:
             yield batch
-            batch, characters = [], 0
+            batch, total = [], 0
     if batch:
         yield batch
 
