@@ -182,24 +182,16 @@ class ReBertaTrainer(PiecewiseTrainer):
         values = {"loss": float(loss), **{name: report[name] for name in ("log_loss", "accuracy", "f1_macro")}}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in values.items()}
         self.log(dict(metrics))
-        self._losses_n = torch.from_numpy(log_losses(scores, prediction.labels))
-        self.beats_the_probe = self.probe_losses_n is None or self._clearly_better_than(self.probe_losses_n)
+        losses_n = torch.from_numpy(log_losses(scores, prediction.labels))
+        self.beats_the_probe = self.probe_losses_n is None or clearly_lower(losses_n, self.probe_losses_n)
         # early stopping is to count as a gain only what may become the best model
         seen = metrics if self.beats_the_probe else {**metrics, f"{metric_key_prefix}_log_loss": math.inf}
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, seen)
         if self.state.global_step == 0:  # Trainer chooses among the evaluations that follow
             self._determine_best_metric(metrics, trial=None)
             if self.settings.metric_for_best == "log_loss":
-                self.probe_losses_n = self._losses_n
+                self.probe_losses_n = losses_n
         return metrics
-
-    def _clearly_better_than(self, losses_n: Tensor) -> bool:
-        """Whether the mean log loss is lower by more than the standard error of the difference by documents."""
-        gains_n = losses_n - self._losses_n
-        gain, error = float(gains_n.mean()), float(gains_n.std()) / math.sqrt(len(gains_n))
-        if gain <= error:
-            logger.info("not clearly better than the probe: log loss lower by %.4f, standard error %.4f", gain, error)
-        return not gain <= error  # a single document has no error
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         if not self.beats_the_probe:
@@ -267,6 +259,15 @@ class ReBertaTrainer(PiecewiseTrainer):
             return False
         self.state = state
         return True
+
+
+def clearly_lower(losses_n: Tensor, probe_losses_n: Tensor) -> bool:
+    """Whether the mean is lower than the probe's by more than the standard error of the difference by documents."""
+    gains_n = probe_losses_n - losses_n
+    gain, error = float(gains_n.mean()), float(gains_n.std()) / math.sqrt(len(gains_n))
+    if gain <= error:
+        logger.info("not clearly better than the probe: log loss lower by %.4f, standard error %.4f", gain, error)
+    return not gain <= error  # a single document has no error
 
 
 class EngineCallback(TrainerCallback):

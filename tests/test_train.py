@@ -21,7 +21,7 @@ from transformers import set_seed
 from command_line import parse_settings
 from data_utils.dataset import LongTextBatchSampler, LongTextDataset, collate, load_tokenizer
 from engine.objective import Objective
-from engine.trainer import MetricsCallback, ReBertaTrainer
+from engine.trainer import MetricsCallback
 from models.checkpoint import load_model_and_config
 from models.reberta import RecurrentRoBERTa
 from models.registry import build_model
@@ -242,7 +242,7 @@ def test_early_stopping(run):
 
 
 def test_early_stopping_counts_no_gain_that_leaves_the_probe_the_best(run, monkeypatch):
-    monkeypatch.setattr(ReBertaTrainer, "_clearly_better_than", lambda trainer, losses_n: False)
+    monkeypatch.setattr("engine.trainer.clearly_lower", lambda losses_n, probe_losses_n: False)
     trained = run("--epochs 30 --early_stopping_patience 2 --metric_for_best log_loss --probe_epochs 1")
     evaluations = [row["eval_log_loss"] for row in rows(trained) if "eval_log_loss" in row]
     assert len(evaluations) == 3
