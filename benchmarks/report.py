@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 
@@ -73,11 +72,6 @@ def _note(name: str) -> list[str]:
     return [path.read_text(encoding="utf-8").strip()] if path.exists() else []
 
 
-def _read(path: Path) -> dict[str, Any]:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return {"rows": content} if isinstance(content, list) else content
-
-
 def pages(contents: Mapping[str, Content]) -> dict[Path, str]:
     """The pages that there are results for, from the content of each file by its name without the ending."""
     found = _sections(contents, TITLES) or ["There are no results in benchmarks/results yet."]
@@ -109,7 +103,7 @@ def _sections(contents: Mapping[str, Content], titles: Mapping[str, str]) -> lis
 
 
 def main() -> None:
-    contents = {path.stem: _read(path) for path in sorted(RESULTS.glob("*.json"))}
+    contents = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))}
     for name, content in figures(contents).items():
         with mpl.rc_context(STYLE), atomic_path(PAGE.parent / f"{name}.png") as temporary:
             FIGURES[content["benchmark"]](content).savefig(temporary, dpi=DPI)

@@ -286,7 +286,7 @@ def test_rows_without_a_table_of_their_own_are_shown_as_they_are(tmp_path, page)
         {"measure": "tokens read", "value": 123456.7, "unit": "tokens/s", "target": "100,000"},
         {"measure": "share", "value": 0.12345, "unit": "", "target": "> 0.1"},
     ]
-    (tmp_path / "data.json").write_text(json.dumps(rows), encoding="utf-8")
+    (tmp_path / "data.json").write_text(json.dumps({"rows": rows}), encoding="utf-8")
     report.main()
     text = page.read_text(encoding="utf-8")
     assert "## Data" in text
@@ -373,7 +373,7 @@ def test_aims_say_what_is_reached_and_what_a_miss_would_take():
 
 
 def test_the_committed_pages_are_those_that_the_committed_results_give():
-    contents = {path.stem: report._read(path) for path in sorted(report.RESULTS.glob("*.json"))}
+    contents = {path.stem: read(path) for path in sorted(report.RESULTS.glob("*.json"))}
     assert report.RELIABILITY_TITLES.keys() <= contents.keys()
     for page, expected in report.pages(contents).items():
         text = page.read_text(encoding="utf-8")
