@@ -1,11 +1,12 @@
-"""docs/benchmarks.md, reliability.md, results.md and figures, from benchmarks/results: every number there is generated.
+"""The pages of docs that show measurements, and their figures, from benchmarks/results: all numbers are generated.
 
     python -m benchmarks.report
 
 - a section a file: machine, versions, commands, table, figure; files of one benchmark (`speed-*.json`) stand together
 - what a person has to say stands in benchmarks/notes: `intro.md` (`reliability.md`), `<benchmark>.md`, and `<file>.md`
   for one of several
-- docs/reliability.md waits for results of all its sections; docs/results.md, for quality.json: see `quality_report`
+- docs/reliability.md waits for results of all its sections; docs/results.md is made of quality.json (see
+  `quality_report`), docs/starts.md of starts.json
 - a benchmark that has no table of its own here is shown as its rows are
 """
 
@@ -28,7 +29,7 @@ BENCHMARKS = Path(__file__).parent
 RESULTS = BENCHMARKS / "results"
 NOTES = BENCHMARKS / "notes"
 PAGE = BENCHMARKS.parent / "docs" / "benchmarks.md"
-RELIABILITY, QUALITY = "reliability.md", "results.md"  # beside PAGE
+RELIABILITY, QUALITY, STARTS = "reliability.md", "results.md", "starts.md"  # beside PAGE
 TITLES = {
     "speed": "Speed",
     "memory": "Memory",
@@ -51,7 +52,9 @@ def origin(content: Content) -> str:
     for key in ("versions", "options"):
         if key in content:
             lines.append(", ".join(f"{name} {value}" for name, value in content[key].items()))
-    lines += [f"{session['started']}: `{session['command']}`" for session in content.get("sessions", [])]
+    for session in content.get("sessions", []):
+        where = f" (on {machine_line(session['machine'])})" if "machine" in session else ""
+        lines.append(f"{session['started']}: `{session['command']}`{where}")
     return "\n".join(f"- {line}" for line in lines)
 
 
@@ -83,6 +86,8 @@ def pages(contents: Mapping[str, Content]) -> dict[Path, str]:
         page = quality_report.Page(contents["quality"])
         method = ["## How it was done", *_note("quality-method"), *quality_report.evidence(page)]
         made[PAGE.with_name(QUALITY)] = ["# Results", *_note("quality"), *quality_report.answers(page), *method]
+    if "starts" in contents:
+        made[PAGE.with_name(STARTS)] = ["# How a model starts", *_note("starts"), section(contents["starts"])]
     return {page: "\n\n".join(parts) + "\n" for page, parts in made.items()}
 
 

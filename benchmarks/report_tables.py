@@ -199,9 +199,46 @@ def _start_and_end(curve: Sequence[int]) -> tuple[float, float]:
     return statistics.median(curve[settled : settled + some]), statistics.median(curve[-some:])
 
 
+def starts_tables(content: Content) -> str:
+    """A section a measure."""
+    tables = {"documents": _documents_table, "memory": _heard_table, "training": _training_table}
+    parts = []
+    for measure in unique(content["rows"], "measure"):
+        rows = [row for row in content["rows"] if row["measure"] == measure]
+        parts += [f"## {measure.capitalize()}", tables[measure](rows)]
+    return "\n\n".join(parts)
+
+
+def _documents_table(rows: Sequence[Row]) -> str:
+    lines = [[row["start"], f"{row['spread']:.2%}", f"{row['log_loss']:.3f}", f"{row['accuracy']:.3f}"] for row in rows]
+    return markdown_table(["document state", "spread", "probe: log loss", "probe: accuracy"], lines, left=1)
+
+
+def _heard_table(rows: Sequence[Row]) -> str:
+    windows = [f"window {window}" for window in range(1, 1 + len(rows[0]["change"]))]
+    lines = [
+        [row["start"], kind, *(f"{value:.0e}" for value in row[kind])]
+        for kind in ("change", "gradient")
+        for row in rows
+    ]
+    return markdown_table(["what is carried", "share of the state's", *windows], lines, left=2)
+
+
+def _training_table(rows: Sequence[Row]) -> str:
+    epochs = sorted({int(epoch) for row in rows for epoch in row["validation"]})
+    lines = []
+    for row in rows:
+        losses = [f"{row['validation'][str(epoch)]:.3f}" if str(epoch) in row["validation"] else "" for epoch in epochs]
+        tested = [f"{row['accuracy']:.3f}", f"{row['test_log_loss']:.3f}"]
+        lines.append([row["start"], *losses, str(row["best_epoch"]), *tested])
+    header = ["start", *(f"epoch {epoch}" for epoch in epochs), "best epoch", "test: accuracy", "test: log loss"]
+    return markdown_table(header, lines, left=1)
+
+
 TABLES: dict[str, Callable[[Content], str]] = {
     "speed": speed_table,
     "memory": memory_table,
     "kills": kills_table,
     "stress": stress_table,
+    "starts": starts_tables,
 }
