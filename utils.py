@@ -24,6 +24,7 @@ import os
 import pickle
 import re
 import secrets
+import shutil
 import signal
 import sys
 import traceback
@@ -343,6 +344,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def share_weights(folder: Path) -> None:
+    """Give the `*.safetensors` of `folder` the permissions of its config.json; safetensors writes for its owner only."""
+    for file in folder.glob("*.safetensors"):
+        shutil.copymode(folder / "config.json", file)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -38,7 +38,7 @@ from engine.watch import Watch
 from evaluation_utils import check_windows, classification_metrics, predict
 from models.checkpoint import save_checkpoint
 from processes import StopSignals, gather
-from utils import logger, write_text
+from utils import logger, share_weights, write_text
 from visualization_utils import save_run_curves
 
 EMA_FILE = "ema.safetensors"
@@ -214,6 +214,7 @@ class ReBertaTrainer(PiecewiseTrainer):
             self._save_own_state(self.run.staging / name)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            share_weights(self.run.staging / name)
             seal(self.run.staging / name, self.run.folder / name)
             self.run.staging.rmdir()
             keep(self.run.folder, self.settings.save_total_limit, self.state.best_global_step)

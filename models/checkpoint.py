@@ -35,7 +35,7 @@ from transformers.initialization import no_init_weights
 from models.reberta import RecurrentRoBERTa
 from models.transformer import TransformerClassifier
 from pretrained import refuse_run_folder
-from utils import TEMPORARY, ModelError, error_handler, file_sha256, validate_params, writing_to
+from utils import TEMPORARY, ModelError, error_handler, file_sha256, share_weights, validate_params, writing_to
 
 FORMAT = 1
 MODEL_FILE = "model.pt"
@@ -113,6 +113,7 @@ def save_checkpoint(
             content[_TEXTS] = torch.from_numpy(np.unique(training_texts))
             save_file({_TEXTS: content[_TEXTS]}, fresh / TEXTS_FILE)
         torch.save(content, fresh / MODEL_FILE)
+        share_weights(fresh)
         if folder.exists():
             os.replace(folder, Path(scratch) / "old")
         os.replace(fresh, folder)

@@ -96,6 +96,13 @@ def test_a_run_leaves_these_files(run):
     assert environment["packages"]["torch"] == torch.__version__
 
 
+def test_whoever_may_read_one_file_of_a_run_may_read_all(run):
+    trained = run("--epochs 1 --ema_decay 0.9")
+    files = [file for folder in (trained.best_model, last_checkpoint(trained)) for file in folder.iterdir()]
+    assert {file.name for file in files} > {"model.safetensors", "training_texts.safetensors", "ema.safetensors"}
+    assert {file.stat().st_mode for file in files} == {(trained.best_model / "model.pt").stat().st_mode}
+
+
 def test_a_run_says_how_many_parameters_it_trains(run):
     trained = run("--freeze_except_last 1 --epochs 1")
     status = json.loads((trained.run_folder / "status.json").read_text())
