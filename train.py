@@ -27,7 +27,7 @@ from transformers import (
     set_seed,
 )
 
-from config import DEFAULT_ENCODER, Settings
+from config import DEFAULT_ENCODER, DEFAULT_TEST_PATH, Settings
 from contradictions import contradictions
 from data_utils.augmentation import Masking
 from data_utils.dataset import LongTextDataset, dataset_options, load_tokenizer
@@ -184,6 +184,9 @@ def load_data(settings: Settings, run: RunFolder, start: Saved | None = None) ->
     if "train_path" in settings.model_fields_set and "val_path" not in settings.model_fields_set:
         logger.warning("--val_path is not given: validation documents are those of %s", ", ".join(settings.val_path))
     validation_set = LongTextDataset(settings.val_path, quarantine_path=run.quarantine("validation"), **options)
+    if settings.mode == "train_and_evaluate":  # what is wrong with the test set is better known before training
+        test_path = settings.test_path or DEFAULT_TEST_PATH
+        LongTextDataset(test_path, quarantine_path=run.quarantine("test"), **options)
     if is_main_process():
         run.record_data([*train_files, *val_files])
     warn_of_overlap(validation_set, "validation", train_set.text_hashes)

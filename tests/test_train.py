@@ -28,7 +28,7 @@ from models.registry import build_model
 from tests.conftest import MODEL_CODE, write_corpus
 from train import OPTIMIZERS, class_weights, optimizer_type, train
 from train_by_steps import train_by_steps
-from utils import ConfigError, TrainingError
+from utils import ConfigError, DataError, TrainingError
 
 TRAINING = 22  # not a multiple of any batch size here
 FLAGS = "--window_size 12 --max_windows 6 --batch_size 4 --epochs 2 --learning_rate 1e-3 --dropout 0 --log_steps 1"
@@ -101,6 +101,14 @@ def test_whoever_may_read_one_file_of_a_run_may_read_all(run):
     files = [file for folder in (trained.best_model, last_checkpoint(trained)) for file in folder.iterdir()]
     assert {file.name for file in files} > {"model.safetensors", "training_texts.safetensors", "ema.safetensors"}
     assert {file.stat().st_mode for file in files} == {(trained.best_model / "model.pt").stat().st_mode}
+
+
+def test_a_bad_test_set_ends_the_run_before_it_trains(run, tmp_path):
+    test = write_corpus(tmp_path / "test.jsonl", 3)
+    test.write_text(test.read_text().replace('"late"', '"lat"'))
+    with pytest.raises(DataError, match=r"test\.jsonl:2: unknown label 'lat'"):
+        run("--mode train_and_evaluate --test_path test.jsonl")
+    assert not list(tmp_path.glob("logs/run/checkpoint-*"))
 
 
 def test_a_run_says_how_many_parameters_it_trains(run):
