@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 import reprlib
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -26,13 +26,13 @@ MISSING = object()
 
 
 def parse_settings(argv: Sequence[str] | None = None, *, description: str | None = None, **defaults: Any) -> Settings:
-    """Settings from `argv` (the process's own if None) over `--config` over `defaults` over the defaults here.
+    """Settings from `argv` (the process's own if None) over a script's own `defaults` over `--config`.
 
     Raises:
         ConfigError: every unknown or wrong option and every contradiction, in one message.
         SystemExit: `--help`.
     """
-    given, unknown = _parser(description).parse_known_args(argv)
+    given, unknown = _parser(description, defaults).parse_known_args(argv)
     flags = {name: value for name, value in vars(given).items() if value is not None}
     missing = [name for name, value in flags.items() if value in (MISSING, [], "") or "" in list(value)]  # of paths
     faults = [f"--{name}: its value is missing" for name in missing]
@@ -54,7 +54,8 @@ def parse_settings(argv: Sequence[str] | None = None, *, description: str | None
     for key in truths:
         if Settings.model_fields[key].annotation is not bool:
             faults.append(f"{config_path}: {key}: {str(file_values.pop(key)).lower()} is no value of this option")
-    values = {**defaults, **file_values, **flags}
+    file_values = {name: value for name, value in file_values.items() if name not in defaults}
+    values = {**file_values, **defaults, **flags}
     values = {name: None if value in ("none", "None") and _optional(name) else value for name, value in values.items()}
     return _validate(values, {*file_values, *flags}, faults, is_whole=is_whole)
 
@@ -127,7 +128,7 @@ def _read_config_file(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _parser(description: str | None) -> argparse.ArgumentParser:
+def _parser(description: str | None, defaults: Mapping[str, Any]) -> argparse.ArgumentParser:
     """Flags as plain strings, so that the command line and the file go through the same checks."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [options]",
@@ -148,7 +149,8 @@ def _parser(description: str | None) -> argparse.ArgumentParser:
         section = parser.add_argument_group(group.__doc__)
         for name, field in group.__annotations__.items():
             info = group.model_fields[name]
-            section.add_argument(f"--{name}", help=_help(info), metavar=_metavar(info), **_arity(field, info))
+            help_text = _help(info, defaults.get(name, info.default))
+            section.add_argument(f"--{name}", help=help_text, metavar=_metavar(info), **_arity(field, info))
     return parser
 
 
@@ -177,9 +179,9 @@ def _metavar(info: FieldInfo) -> str:
     return "PATH" if "tuple" in names else "INT" if "int" in names else "NUMBER" if "float" in names else "TEXT"
 
 
-def _help(info: FieldInfo) -> str:
-    default = " ".join(info.default) if isinstance(info.default, tuple) else info.default
-    shown = "" if info.default is None else f" (default: {default})"
+def _help(info: FieldInfo, default: Any) -> str:
+    value = " ".join(default) if isinstance(default, tuple) else default
+    shown = "" if default is None else f" (default: {value})"
     return f"{info.description}{shown}".replace("%", "%%")
 
 

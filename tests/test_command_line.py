@@ -46,6 +46,22 @@ def test_help_shows_every_option_in_its_group_with_its_default(capsys):
     assert "training files (jsonl, csv, parquet) or folders (default: data/train)" in flat
 
 
+def test_a_script_shows_its_own_defaults(capsys):
+    with pytest.raises(SystemExit):
+        parse_settings(["--help"], mode="evaluate", sample_data=32)
+    flat = " ".join(capsys.readouterr().out.split())
+    assert "to ONNX (default: evaluate)" in flat
+    assert "stratified by label (default: 32)" in flat
+
+
+def test_a_script_is_what_it_is_whatever_the_file_says(tmp_path):
+    """A run's own file serves its evaluation, too, where it must not begin to train."""
+    (tmp_path / "run.yaml").write_text("mode: train_steps\ntotal_steps: 900\nseed: 7\nbatch_size: 4")
+    argv = ["--config", str(tmp_path / "run.yaml"), "--batch_size", "2"]
+    settings = parse_settings(argv, mode="train", total_steps=None, batch_size=3)
+    assert (settings.mode, settings.total_steps, settings.seed, settings.batch_size) == ("train", None, 7, 2)
+
+
 def test_defaults():
     settings = parse_settings([])
     assert (settings.max_windows, settings.window_size, settings.num_repeats) == (16, 256, 1)
@@ -74,7 +90,7 @@ def test_a_boolean_is_accepted_bare_and_in_words(argv, expected):
     assert parse_settings(argv).mixed_precision is expected
 
 
-def test_flags_win_over_the_file_and_the_file_over_given_defaults(tmp_path):
+def test_flags_win_over_the_file(tmp_path):
     values = {"learning_rate": "1e-4", "epochs": 7, "train_path": "a.jsonl", "memory_level": 2, "max_len": None}
     yaml, json_file = tmp_path / "run.yaml", tmp_path / "run.json"
     yaml.write_text("learning_rate: 1e-4\nepochs: 7\ntrain_path: a.jsonl\nmemory_level: 2\nmax_len: null\n")

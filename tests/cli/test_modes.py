@@ -136,7 +136,9 @@ def test_train_steps(project, command):
 
 
 def test_run_epoch_script(project, command):
-    done = command(project, "--config tiny.yaml --sample_data 8", script="run_epoch.py")
+    whole_run = "mode: train_and_evaluate\nepochs: 9\neval_every: 500\nnum_warmup_steps: 100\noutput_dir: logs/whole\n"
+    (project / "whole.yaml").write_text((project / "tiny.yaml").read_text() + whole_run)
+    done = command(project, "--config whole.yaml --sample_data 8", script="run_epoch.py")
     assert done.returncode == 0, done.stderr
     [folder] = (project / "logs").glob("reberta-*")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
