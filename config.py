@@ -64,7 +64,7 @@ class DataOptions(Options):
     test_path: Paths | None = Field(
         None, description="test files or folders (train_and_evaluate: data/validation if absent)"
     )
-    input_path: Paths | None = Field(None, description="mode predict: files or folders, labels not needed")
+    input_path: Paths | None = Field(None, description="mode predict: files (also .txt) or folders, labels not needed")
     shard: str | None = Field(
         None,
         pattern=r"^[1-9][0-9]{0,8}/[1-9][0-9]{0,8}$",

@@ -33,6 +33,7 @@ OnBadLines = Literal["error", "skip"]
 _BUFFER = 2**20  # with the usual 8 kB, finding the end of a long line takes a third of its reading
 _CSV_FIELD_LIMIT = 2**28
 _PARQUET_ROWS = 64
+_TEXT = ".txt"
 _UNLABELLED = "unsup"  # IMDB's name of the folder of texts without labels
 _LINE_TAG = re.compile(r"</?(?:br|hr|p|div|li|tr|h[1-6]|blockquote)\b[^<>]*>", re.IGNORECASE)
 _TAG = re.compile(r"<[a-z/!][^<>]*>", re.IGNORECASE)
@@ -50,15 +51,15 @@ class _Row(NamedTuple):
 def expand_paths(paths: Paths, *, unlabelled: bool = False) -> list[Path]:
     """The data files that `paths` means, in order; a folder stands for its *.jsonl, *.csv and *.parquet, sorted.
 
-    A folder without any stands for the *.txt of the folders in it, those of `unsup` left out unless documents may be
-    `unlabelled`.
+    A folder without any stands for the *.txt of the folders in it, those of `unsup` left out. Where documents may be
+    `unlabelled` these count, too, and so do a folder's own *.txt, if there are no others, and a .txt file by itself.
 
     Raises DataLoadError for a path that is missing, given twice or has another ending, and for a folder without data.
     """
     given = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
     files: list[Path] = []
     for path in given:
-        files += _folder_files(path, unlabelled) if path.is_dir() else [_data_file(path)]
+        files += _folder_files(path, unlabelled) if path.is_dir() else [_data_file(path, unlabelled)]
     if not files:
         raise DataLoadError("no data file was given; name a .jsonl, .csv or .parquet file, or a folder of them")
     seen = set()
@@ -69,29 +70,32 @@ def expand_paths(paths: Paths, *, unlabelled: bool = False) -> list[Path]:
     return files
 
 
-def _data_file(file: Path) -> Path:
+def _data_file(file: Path, unlabelled: bool) -> Path:
     if not file.is_file():
         raise DataLoadError(f"{file}: no such file; check the path")
-    if file.suffix.lower() not in _READERS:
-        raise DataLoadError(f"{file}: unknown ending '{file.suffix}'; data files end in {', '.join(_READERS)}")
+    endings = [*_READERS, _TEXT] if unlabelled else [*_READERS]
+    if file.suffix.lower() not in endings:
+        raise DataLoadError(f"{file}: unknown ending '{file.suffix}'; data files end in {', '.join(endings)}")
     return file
 
 
 def _folder_files(folder: Path, unlabelled: bool) -> list[Path]:
     visible = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
-    files = [_data_file(file) for file in visible if file.suffix.lower() in _READERS]
+    files = [_data_file(file, unlabelled) for file in visible if file.suffix.lower() in _READERS]
     files = files or [text for label in visible if label.is_dir() for text in _texts(label, unlabelled)]
+    if unlabelled:
+        files = files or [file for file in visible if file.suffix.lower() == _TEXT]
     if not files:
+        texts = "*.txt files" if unlabelled else "folders of *.txt files that are named after labels"
         raise DataLoadError(
-            f"{folder}: the folder holds no {', '.join('*' + ending for ending in _READERS)} file, "
-            "nor folders of *.txt files that are named after labels"
+            f"{folder}: the folder holds no {', '.join('*' + ending for ending in _READERS)} file, nor {texts}"
         )
     return files
 
 
 def _texts(folder: Path, unlabelled: bool) -> list[Path]:
     visible = sorted(folder.glob("[!.]*"))
-    texts = [file for file in visible if file.suffix.lower() == ".txt"]
+    texts = [file for file in visible if file.suffix.lower() == _TEXT]
     if texts and any(file.is_dir() for file in visible):
         raise DataLoadError(f"{folder}: holds folders beside its texts, so it is no label; name the folder itself")
     if texts and folder.name == _UNLABELLED and not unlabelled:

@@ -57,6 +57,15 @@ def test_texts_without_labels_are_for_prediction(train):
     assert names == ["neg/2_1.txt", "pos/0_7.txt", "pos/1_9.txt", "unsup/0_0.txt", "unsup/1_0.txt"]
 
 
+def test_texts_that_are_to_be_predicted_need_no_folder_of_a_label(train):
+    text = train / "pos" / "0_7.txt"
+    assert text in expand_paths(train / "pos", unlabelled=True)
+    assert expand_paths(text, unlabelled=True) == [text]
+    (train / "none").mkdir()
+    with pytest.raises(DataLoadError, match=r"parquet file, nor \*.txt files$"):
+        expand_paths(train / "none", unlabelled=True)
+
+
 @pytest.mark.parametrize(
     ("written", "text"),
     [
