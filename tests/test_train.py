@@ -22,6 +22,7 @@ from command_line import parse_settings
 from data_utils.dataset import LongTextBatchSampler, LongTextDataset, collate, load_tokenizer
 from engine.objective import Objective
 from engine.trainer import MetricsCallback
+from evaluate import evaluate
 from models.checkpoint import load_model_and_config
 from models.reberta import RecurrentRoBERTa
 from models.registry import build_model
@@ -109,6 +110,21 @@ def test_a_bad_test_set_ends_the_run_before_it_trains(run, tmp_path):
     with pytest.raises(DataError, match=r"test\.jsonl:2: unknown label 'lat'"):
         run("--mode train_and_evaluate --test_path test.jsonl")
     assert not list(tmp_path.glob("logs/run/checkpoint-*"))
+
+
+def test_a_report_says_which_model_read_what(run, tmp_path):
+    trained = run("--epochs 1")
+    paths = f"--model_path {trained.best_model} --test_path val.jsonl --output_dir report --cache_dir cache"
+    evaluate(parse_settings(f"--mode evaluate {paths} --device cpu --max_windows 3 --sample_data 9".split()))
+    lines = (tmp_path / "report" / "evaluation_results.txt").read_text().splitlines()
+    assert [line.split(maxsplit=1) for line in lines[:3]] == [
+        ["model", str(trained.best_model)],
+        ["test", "set           val.jsonl"],
+        ["precision", "fp32"],
+    ]
+    assert lines[3].endswith("  window_size 12, window_overlap 0, max_windows 3, read first, sample_data 9")
+    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert metrics["about"]["model"] == str(trained.best_model)
 
 
 def test_a_run_says_how_many_parameters_it_trains(run):
