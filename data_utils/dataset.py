@@ -280,10 +280,12 @@ class LongTextDataset(Dataset[dict[str, Any]]):
         return {"source": document.pop("source"), "reason": reason, "raw": json.dumps(document)}
 
     def _log_coverage(self) -> None:
-        coverage = self.coverage()
+        coverage, files = self.coverage(), self.preparation.files
+        more = f" and {len(files) - 3:,} more files" if len(files) > 3 else ""
         logger.info(
-            "%s: %d documents, %d windows; %.1f %% of %d tokens are read; %d documents are read in part",
-            ", ".join(str(file) for file in self.preparation.files[:3]),
+            "%s%s: %d documents, %d windows; %.1f %% of %d tokens are read; %d documents are read in part",
+            ", ".join(map(str, files[:3])),
+            more,
             len(self),
             self._windows_read.sum(),
             100 * coverage["share"],

@@ -135,3 +135,12 @@ def test_data_set_of_texts(train, encoder_folder, tmp_path):
     documents = LongTextDataset(train, None, str(encoder_folder), cache_dir=tmp_path / "cache")
     assert documents.label_names == ["neg", "pos"]
     assert documents.ids[1] == str(train / "pos" / "0_7.txt")
+
+
+def test_the_log_does_not_name_each_of_many_files(train, encoder_folder, tmp_path, caplog):
+    for number in range(4):
+        (train / "neg" / f"{number}_1.txt").write_text("Bad.")
+    with caplog.at_level(logging.INFO):
+        LongTextDataset(train, model_name=encoder_folder, cache_dir=tmp_path / "cache", window_size=12)
+    first = [str(train / "neg" / f"{number}_1.txt") for number in range(3)]
+    assert any(message.startswith(f"{', '.join(first)} and 3 more files: 6 documents") for message in caplog.messages)
