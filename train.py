@@ -68,6 +68,10 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 }
 
 
+MOST_LABELS = 20
+"""How many are told in the log."""
+
+
 class Trained(NamedTuple):
     """Where a finished run lies."""
 
@@ -180,6 +184,7 @@ def load_data(settings: Settings, run: RunFolder, start: Saved | None = None) ->
         )
     if not train_set.label_names:
         raise DataFormatError(f"{', '.join(map(str, train_files))}: no document has a label; one at least is needed")
+    logger.info("%d labels: %s", len(train_set.label_names), label_counts(train_set))
     options |= {"label_names": train_set.label_names}
     if "train_path" in settings.model_fields_set and "val_path" not in settings.model_fields_set:
         logger.warning("--val_path is not given: validation documents are those of %s", ", ".join(settings.val_path))
@@ -194,6 +199,15 @@ def load_data(settings: Settings, run: RunFolder, start: Saved | None = None) ->
     if start is not None and start.training_texts is not None:
         training_texts = np.union1d(start.training_texts, training_texts)
     return Data(train_set, validation_set, tokenizer, training_texts)
+
+
+def label_counts(dataset: LongTextDataset) -> str:
+    """How many documents have each label; where there are many, the first of them."""
+    labels, names = dataset.labels, dataset.label_names
+    assert labels is not None
+    counts = labels.sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=len(names))
+    shown = [f"{name} {count:,}" for name, count in zip(names[:MOST_LABELS], counts, strict=False)]
+    return ", ".join(shown) + (", ..." if len(names) > MOST_LABELS else "")
 
 
 def find_tokenizer(source: str) -> PreTrainedTokenizerBase:
@@ -302,6 +316,7 @@ def _training_arguments(
         lr_scheduler_type=settings.scheduler_type,
         warmup_steps=0 if settings.scheduler_type == "constant" else warmup,
         logging_steps=settings.log_steps,
+        logging_first_step=True,  # how long a step takes is what is asked first
         logging_nan_inf_filter=False,  # it would log a loss that is not a number as 0.0 and go on
         eval_strategy=when,
         eval_steps=settings.eval_every,

@@ -112,6 +112,13 @@ def test_a_bad_test_set_ends_the_run_before_it_trains(run, tmp_path):
     assert not list(tmp_path.glob("logs/run/checkpoint-*"))
 
 
+def test_a_run_says_at_once_what_it_found_and_how_fast_it_is(run):
+    """A wrong column of labels shows before training, and how long a step takes after the first of them."""
+    trained = run("--epochs 1 --log_steps 9")
+    assert "2 labels: early 11, late 11\n" in (trained.run_folder / "train.log").read_text()
+    assert [row["step"] for row in rows(trained) if "loss" in row] == [1, 6]
+
+
 def test_a_report_says_which_model_read_what(run, tmp_path):
     trained = run("--epochs 1")
     paths = f"--model_path {trained.best_model} --test_path val.jsonl --output_dir report --cache_dir cache"

@@ -61,7 +61,7 @@ def assert_same_end(first: Path, second: Path) -> None:
         one, other = (load_file(run / "checkpoint-8" / name) for run in (first, second))
         assert len(one) > 40
         assert all(torch.equal(one[key], other[key]) for key in one)
-    assert len(rows(first)) == 4 + 5  # the loss is logged with each checkpoint, besides every fifth step
+    assert len(rows(first)) == 4 + 6  # the loss is logged with each checkpoint, besides the first step and every fifth
     assert rows(first) == rows(second)
 
 
