@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import errno
 import functools
 import gc
@@ -344,6 +345,14 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def nearest(path: str | Path) -> str:
+    """For the message that there is no `path`: what lies where it should and has nearly its name."""
+    path = Path(path)
+    beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, beside, n=1)
+    return f"; did you mean {path.with_name(close[0])}?" if close else ""
 
 
 def share_weights(folder: Path) -> None:

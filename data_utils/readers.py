@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_utils.records import ID_COLUMN, Columns, ProblemType, Record, RecordCheck, kind_of
-from utils import DataFormatError, DataLoadError, logger
+from utils import DataFormatError, DataLoadError, logger, nearest
 
 Paths = str | Path | Iterable[str | Path]
 OnBadLines = Literal["error", "skip"]
@@ -72,7 +72,7 @@ def expand_paths(paths: Paths, *, unlabelled: bool = False) -> list[Path]:
 
 def _data_file(file: Path, unlabelled: bool) -> Path:
     if not file.is_file():
-        raise DataLoadError(f"{file}: no such file; check the path")
+        raise DataLoadError(f"{file}: no such file{nearest(file) or '; check the path'}")
     endings = [*_READERS, _TEXT] if unlabelled else [*_READERS]
     if file.suffix.lower() not in endings:
         raise DataLoadError(f"{file}: unknown ending '{file.suffix}'; data files end in {', '.join(endings)}")

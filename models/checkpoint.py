@@ -35,7 +35,7 @@ from transformers.initialization import no_init_weights
 from models.reberta import RecurrentRoBERTa
 from models.transformer import TransformerClassifier
 from pretrained import refuse_run_folder
-from utils import TEMPORARY, ModelError, error_handler, file_sha256, share_weights, validate_params, writing_to
+from utils import TEMPORARY, ModelError, error_handler, file_sha256, nearest, share_weights, validate_params, writing_to
 
 FORMAT = 1
 MODEL_FILE = "model.pt"
@@ -188,7 +188,9 @@ def checkpoint_hash(path: str | Path) -> str:
 def _existing(path: str | Path) -> Path:
     path = Path(path)
     if not path.exists():
-        raise ModelError(f"{path}: there is no such checkpoint; --model_path takes a .pt file or a folder")
+        raise ModelError(
+            f"{path}: there is no such checkpoint{nearest(path)}; --model_path takes a .pt file or a folder"
+        )
     refuse_run_folder(path)
     if path.name in (WEIGHTS_FILE, "config.json", SETTINGS_FILE):
         raise ModelError(f"{path}: is part of a saved model; give its folder, {path.parent}")

@@ -131,6 +131,13 @@ def test_texts_are_found_through_the_folder_of_labels_only(train):
         expand_paths(train.parent)
 
 
+def test_of_a_misspelt_file_the_nearest_is_named(train):
+    with pytest.raises(DataLoadError, match=r"labeldBow\.feat: no such file; did you mean .*/labeledBow\.feat\?$"):
+        expand_paths(train / "labeldBow.feat")
+    with pytest.raises(DataLoadError, match=r"x\.csv: no such file; check the path$"):
+        expand_paths(train / "none" / "x.csv")
+
+
 def test_data_set_of_texts(train, encoder_folder, tmp_path):
     documents = LongTextDataset(train, None, str(encoder_folder), cache_dir=tmp_path / "cache")
     assert documents.label_names == ["neg", "pos"]

@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
+from data_utils.tokenization import load_tokenizer
 from models.checkpoint import (
     is_checkpoint,
     load_all,
@@ -201,6 +202,17 @@ def test_rubbish_is_refused(folder, tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"model\.safetensors missing"):
         load_model_and_config(folder)
+
+
+def test_of_a_misspelt_model_the_nearest_is_named(folder):
+    with pytest.raises(ModelError, match=rf"no such checkpoint; did you mean {folder}\?"):
+        load_model_and_config(folder.with_name("rnu"))
+    with pytest.raises(ModelError, match=r"modle\.pt: there is no such checkpoint; did you mean .*/run/model\.pt\?"):
+        load_model_and_config(folder / "modle.pt")
+    with pytest.raises(ModelError, match=r"no such checkpoint; --model_path takes"):
+        load_model_and_config(folder / "of" / "nothing")
+    with pytest.raises(ModelError, match=rf"no tokenizer found.*; did you mean {folder}\?; fetch"):
+        load_tokenizer(folder.with_name("rnu"))
 
 
 def test_a_tokenizer_file_cannot_leave_its_folder(folder, tmp_path):
