@@ -39,7 +39,7 @@ from engine.objective import Objective
 from engine.run_folder import RunFolder, open_run_folder
 from engine.trainer import Data, EngineCallback, MetricsCallback, ReBertaTrainer
 from models.checkpoint import Saved, is_checkpoint, load_all, load_checkpoint_tokenizer
-from models.registry import READING, build_model, built_with, learned_settings, refuse_other_architecture
+from models.registry import READING, build_model, built_with, check_encoder, learned_settings, refuse_other_architecture
 from models.transformer import TransformerClassifier
 from presets import with_preset
 from processes import join_processes, said_once
@@ -166,7 +166,11 @@ def load_data(settings: Settings, run: RunFolder, start: Saved | None = None) ->
     """
     # looked for first: the tokenizer may have to be fetched
     train_files, val_files = expand_paths(settings.train_path), expand_paths(settings.val_path)
-    tokenizer = load_tokenizer(settings.model_path or DEFAULT_ENCODER) if start is None else start.tokenizer
+    if start is None:
+        tokenizer = load_tokenizer(settings.model_path or DEFAULT_ENCODER)
+        check_encoder(settings)
+    else:
+        tokenizer = start.tokenizer
     options = dataset_options(settings, tokenizer)
     train_set = LongTextDataset(
         settings.train_path,

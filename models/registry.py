@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
 
 from config import DEFAULT_ENCODER, Settings
+from models.configuration import ReBertaConfig
+from models.encoder import load_encoder
 from models.reberta import RecurrentRoBERTa
 from models.transformer import TransformerClassifier, TransformerConfig
 from presets import FIXED
+from pretrained import find_encoder
 from utils import ConfigError, ModelError, error_handler, logger
 
 ARCHITECTURE = (
@@ -126,6 +131,21 @@ MODEL_TYPES: dict[str, Callable[..., RecurrentRoBERTa | TransformerClassifier]] 
     **dict.fromkeys(("reberta", "head", "head_tail", "random_windows", "mean", "max", "tobert"), build_reberta),
     "transformer": build_transformer,
 }
+
+
+@error_handler(error_type=ModelError)
+def check_encoder(settings: Settings) -> None:
+    """Whether a fresh model can be built around the encoder, which is told from its configuration alone.
+
+    Raises:
+        ModelError, ConfigError: as `build_model`, but before a corpus is read and cut for it.
+    """
+    if settings.model_type == "transformer":
+        return
+    source = find_encoder(settings.model_path or DEFAULT_ENCODER)
+    with torch.device("meta"), no_init_weights():
+        encoder = load_encoder(source, 0.0, 0.0, pretrained=False, layers=settings.encoder_layers)
+    ReBertaConfig(**reberta_options(settings)).check(encoder)
 
 
 @error_handler(error_type=ModelError)

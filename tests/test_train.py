@@ -104,6 +104,19 @@ def test_whoever_may_read_one_file_of_a_run_may_read_all(run):
     assert {file.stat().st_mode for file in files} == {(trained.best_model / "model.pt").stat().st_mode}
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--window_size 65", "window_size is 65; this encoder takes windows of 4 to 64 tokens"),
+        ("--encoder_layers 3", "encoder_layers is 3; this encoder has 2 layers"),
+    ],
+)
+def test_what_the_encoder_cannot_do_is_told_before_the_corpus_is_cut(run, flags, message):
+    with pytest.raises(ConfigError, match=message):
+        run(flags)
+    assert not Path("cache").exists()
+
+
 def test_a_bad_test_set_ends_the_run_before_it_trains(run, tmp_path):
     test = write_corpus(tmp_path / "test.jsonl", 3)
     test.write_text(test.read_text().replace('"late"', '"lat"'))
