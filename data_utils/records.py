@@ -109,6 +109,11 @@ class RecordCheck:
     def _label_name(value: Any) -> str:
         if isinstance(value, float) and math.isnan(value):
             raise DataFormatError("label is NaN; give one")
+        if isinstance(value, float):
+            raise DataFormatError(
+                f"label is a floating-point number, {value}; classes are told apart, not amounts: write each as a "
+                "string or an integer"
+            )
         if isinstance(value, list):
             raise DataFormatError("label is a list; for several labels a document set --problem_type multi_label")
         if not isinstance(value, (str, int)):

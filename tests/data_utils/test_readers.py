@@ -135,7 +135,7 @@ JSON_FAULTS = {
     '{"text": "war"}': "no label in 'label'; give one, or set --label_column",
     '{"text": "war", "label": ""}': "no label in 'label'",
     '{"text": "war", "label": " "}': "label is empty",
-    '{"text": "war", "label": 1.5}': "label is a floating-point number",
+    '{"text": "war", "label": 1.5}': "label is a floating-point number, 1.5; classes are told apart, not amounts",
     '{"text": "war", "label": {}}': "label is an object",
     '{"text": "war", "label": ["a"]}': "label is a list; for several labels a document set --problem_type multi_label",
     '{"text": "war", "label": 1}': "label 1 is an integer, but a string at ",
