@@ -356,7 +356,7 @@ def nearest(path: str | Path) -> str:
 
 
 def share_weights(folder: Path) -> None:
-    """Give the `*.safetensors` of `folder` the permissions of its config.json; safetensors writes for its owner only."""
+    """Give the *.safetensors of `folder` the permissions of its config.json: safetensors writes for its owner alone."""
     for file in folder.glob("*.safetensors"):
         shutil.copymode(folder / "config.json", file)
 
