@@ -215,14 +215,15 @@ _JSON = json.JSONDecoder(object_pairs_hook=_distinct_keys)  # `json.loads` would
 
 
 def _decode(raw: bytes) -> str:
-    if b"\0" in raw:
-        raise DataFormatError(f"NUL byte at position {raw.index(0) + 1}")
     try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:  # before NUL: UTF-16 has both, and this is what to do about it
         raise DataFormatError(
             f"byte 0x{raw[error.start]:02x} at position {error.start + 1} is not UTF-8; save the file as UTF-8"
         ) from None
+    if b"\0" in raw:
+        raise DataFormatError(f"NUL byte at position {raw.index(0) + 1}")
+    return text
 
 
 def _without_bom(line: bytes) -> bytes:
@@ -290,7 +291,8 @@ def _csv_header(file: Path, reader: Iterator[list[str]], lines: _CsvLines, colum
     try:
         header = next((row for row in reader if row), [])
     except csv.Error as error:
-        raise DataFormatError(f"{file}:{lines.number}: malformed CSV header ({error}); correct it") from None
+        fault = lines.fault or f"malformed CSV header ({error}); correct it"
+        raise DataFormatError(f"{file}:{lines.number}: {fault}") from None
     if lines.fault:
         raise DataFormatError(f"{file}:{lines.number}: {lines.fault}")
     if header:

@@ -188,10 +188,12 @@ def test_bad_bytes(tmp_path, raw, message):
     assert len(read(path, on_bad_lines="skip")) == 2
 
 
-def test_utf16_is_refused(tmp_path):
-    path = tmp_path / "x.jsonl"
-    path.write_bytes(json.dumps(GOOD).encode("utf-16"))
-    assert f"{path}:1: " in fault(path)
+@pytest.mark.parametrize(("name", "text"), [("x.jsonl", json.dumps(GOOD)), ("x.csv", "text,label\r\nwar,a\r\n")])
+def test_utf16_is_refused_as_such(tmp_path, name, text):
+    """As PowerShell and Excel write it: neither NUL nor the line ends that csv makes out are what is wrong."""
+    path = tmp_path / name
+    path.write_bytes(text.encode("utf-16"))
+    assert fault(path).startswith(f"{path}:1: byte 0xff at position 1 is not UTF-8; save the file as UTF-8")
 
 
 def test_a_cut_off_tail(tmp_path):
