@@ -23,7 +23,7 @@ from data_utils.dataset import LongTextDataset, evaluation_loader
 from engine.objective import Objective, window_shares
 from engine.trainer import ReBertaTrainer
 from evaluation_utils import Prediction, check_windows, failed_places
-from utils import TrainingError, error_handler, logger
+from utils import ConfigError, TrainingError, error_handler, logger
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # C, as scikit-learn's LogisticRegression counts it
 FOLDS = 5
@@ -77,10 +77,13 @@ def fit_head(trainer: ReBertaTrainer) -> None:
     Every process does the same.
 
     Raises:
+        ConfigError: there is one training document only.
         TrainingError: a document cannot be read, or more windows failed than `--max_window_failures` allows.
     """
     model: Any = trainer.model
     train, settings = trainer.data.train, trainer.settings
+    if len(train) < 2:
+        raise ConfigError("--probe_epochs: one training document tells no labels apart; give more, or leave it out")
     epochs = settings.probe_epochs if train.epochs_differ else 1
     document_parts, window_parts = [], []
     for epoch in range(epochs):

@@ -238,3 +238,8 @@ def test_several_labels_a_document(weights):
 def test_a_model_from_scratch_has_nothing_to_probe(argv):
     with pytest.raises(ConfigError, match="--probe_epochs 1 does not go with --model_type transformer"):
         parse_settings([*argv, "--model_type=transformer", "--probe_epochs=1"])
+
+
+def test_a_single_document_cannot_be_probed(argv):
+    with pytest.raises(ConfigError, match="--probe_epochs: one training document tells no labels apart"):
+        started(argv, "run", "--probe_epochs=1", "--sample_data=1")
