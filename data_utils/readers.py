@@ -33,6 +33,7 @@ OnBadLines = Literal["error", "skip"]
 _BUFFER = 2**20  # with the usual 8 kB, finding the end of a long line takes a third of its reading
 _CSV_FIELD_LIMIT = 2**28
 _PARQUET_ROWS = 64
+_SHOWN = 5
 _TEXT = ".txt"
 _UNLABELLED = "unsup"  # IMDB's name of the folder of texts without labels
 _LINE_TAG = re.compile(r"</?(?:br|hr|p|div|li|tr|h[1-6]|blockquote)\b[^<>]*>", re.IGNORECASE)
@@ -90,6 +91,7 @@ def _folder_files(folder: Path, unlabelled: bool) -> list[Path]:
         raise DataLoadError(
             f"{folder}: the folder holds no {', '.join('*' + ending for ending in _READERS)} file, nor {texts}"
         )
+    _tell_of_others(folder, visible, {folder / _UNLABELLED, *files, *(file.parent for file in files)})
     return files
 
 
@@ -101,7 +103,16 @@ def _texts(folder: Path, unlabelled: bool) -> list[Path]:
     if texts and folder.name == _UNLABELLED and not unlabelled:
         logger.info("%s: %d texts without labels are left out", folder, len(texts))
         return []
+    _tell_of_others(folder, visible, set(texts))
     return texts
+
+
+def _tell_of_others(folder: Path, visible: Sequence[Path], read: set[Path]) -> None:
+    """What lies beside the data may be data that nobody would miss in the results: x.json, x.jsonl.gz."""
+    others = [path.name for path in visible if path not in read]
+    if others:
+        more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+        logger.info("%s: not read as data: %s%s", folder, ", ".join(others[:_SHOWN]), more)
 
 
 def read_records(

@@ -117,9 +117,28 @@ def test_columns_of_other_names_and_no_labels(train):
         read(train, problem_type="multi_label")
 
 
-def test_data_files_go_before_folders_of_texts(train):
+def test_data_files_go_before_folders_of_texts(train, caplog):
     write_jsonl(train / "x.jsonl", [{"text": "war", "label": "pos"}])
-    assert [file.name for file in expand_paths(train)] == ["x.jsonl"]
+    with caplog.at_level(logging.INFO, logger="reberta"):
+        assert [file.name for file in expand_paths(train)] == ["x.jsonl"]
+    assert caplog.messages == [f"{train}: not read as data: labeledBow.feat, neg, pos, urls_pos.txt"]
+
+
+def test_what_is_not_read_is_named(train, caplog):
+    """A label all of whose texts have another ending would vanish; so would some of the texts of one."""
+    (train / "mixed").mkdir()
+    (train / "mixed" / "0.html").touch()
+    for number in range(6):
+        (train / "neg" / f"{number}.text").touch()
+    with caplog.at_level(logging.INFO, logger="reberta"):
+        expand_paths(train)
+    assert caplog.messages == [
+        f"{train / 'mixed'}: not read as data: 0.html",
+        f"{train / 'neg'}: not read as data: 0.text, 1.text, 2.text, 3.text, 4.text and 1 more",
+        f"{train / 'pos'}: not read as data: notes.md",
+        f"{train / 'unsup'}: 2 texts without labels are left out",
+        f"{train}: not read as data: labeledBow.feat, mixed, urls_pos.txt",
+    ]
 
 
 def test_texts_are_found_through_the_folder_of_labels_only(train):
