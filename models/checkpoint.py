@@ -219,7 +219,10 @@ def _read_file(path: Path) -> dict[str, Any]:
 def _read_folder(folder: Path) -> dict[str, Any]:
     missing = [name for name in ("config.json", WEIGHTS_FILE, SETTINGS_FILE) if not (folder / name).is_file()]
     if missing:
-        raise ModelError(f"{folder}: is no saved ReBerta model: {', '.join(missing)} missing")
+        raise ModelError(
+            f"{folder}: is no saved ReBerta model: {', '.join(missing)} missing; "
+            "give the models/saved/NAME of a run, or train one from it if it is an encoder"
+        )
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         settings = json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))

@@ -200,7 +200,7 @@ def test_rubbish_is_refused(folder, tmp_path):
     with pytest.raises(ModelError, match="is damaged"):
         load_model_and_config(folder)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"model\.safetensors missing"):
+    with pytest.raises(ModelError, match=r"model\.safetensors missing; give the models/saved/NAME of a run"):
         load_model_and_config(folder)
 
 
