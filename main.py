@@ -65,6 +65,8 @@ def dispatch(settings: Settings) -> None:
             expand_paths(test_path)  # raises where there is none, which is better known before training
             if "train_path" in settings.model_fields_set and settings.test_path is None:
                 logger.warning("--test_path is not given: test documents are those of %s", ", ".join(test_path))
+        elif settings.test_path is not None:
+            logger.warning("--mode %s reads no --test_path; --mode evaluate does", settings.mode)
         trained = train(settings) if settings.total_steps is None else train_by_steps(settings)
         if settings.mode == "train_and_evaluate":
             from evaluate import evaluate

@@ -202,6 +202,12 @@ def test_default_sets_beside_data_of_ones_own_are_named(fails):
     assert "--test_path is not given: test documents are those of data/validation" in console
 
 
+def test_training_that_was_to_be_an_evaluation_says_so(fails):
+    """`--mode evaluate` left out: the model is trained on, and nothing else would tell."""
+    _, console = fails("--config tiny.yaml --test_path data/validation --train_path none --output_dir logs/mode")
+    assert "--mode train reads no --test_path; --mode evaluate does" in console
+
+
 def test_one_label_is_not_enough(project, fails):
     _bad(project, "one.jsonl", [b'{"text": "w7 w8", "label": "early"}', b'{"text": "w7 w9", "label": "early"}'])
     code, console = fails("--config tiny.yaml --train_path one.jsonl --val_path one.jsonl --output_dir logs/one")
