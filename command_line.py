@@ -115,7 +115,7 @@ def _read_config_file(path: Path) -> dict[str, Any]:
     if path.suffix not in (".yaml", ".yml", ".json"):
         raise ConfigError(f"--config {path}: a .yaml or .json file is needed")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Notepad writes a mark in front
         values = json.loads(text, object_pairs_hook=_object) if path.suffix == ".json" else yaml.load(text, _Loader)
     except OSError as error:
         raise ConfigError(f"--config {path}: cannot be read: {error.strerror}") from error

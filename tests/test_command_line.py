@@ -114,6 +114,12 @@ def test_a_model_type_fixes_options_in_training_and_says_nothing_of_a_checkpoint
     assert set(get_args(kinds)) == FIXED.keys() == MODEL_TYPES.keys()
 
 
+@pytest.mark.parametrize(("name", "text"), [("run.json", '{"epochs": 7}'), ("run.yaml", "epochs: 7")])
+def test_a_config_file_of_windows(tmp_path, name, text):
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n")
+    assert parse_settings(["--config", str(tmp_path / name)]).epochs == 7
+
+
 def test_a_negative_number_is_a_value():
     assert parse_settings(["--gate_bias", "-1e-1"]).gate_bias == -0.1
 
