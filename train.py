@@ -193,6 +193,11 @@ def load_data(settings: Settings, run: RunFolder, start: Saved | None = None) ->
     if "train_path" in settings.model_fields_set and "val_path" not in settings.model_fields_set:
         logger.warning("--val_path is not given: validation documents are those of %s", ", ".join(settings.val_path))
     validation_set = LongTextDataset(settings.val_path, quarantine_path=run.quarantine("validation"), **options)
+    processes = PartialState().num_processes
+    for files, dataset in ((train_files, train_set), (val_files, validation_set)):
+        if len(dataset) < processes:  # else validation would find it out when an epoch is trained
+            what = f"{len(dataset)} documents cannot be shared by {processes} processes"
+            raise ConfigError(f"{', '.join(map(str, files))}: {what}; start fewer")
     if settings.mode == "train_and_evaluate":  # what is wrong with the test set is better known before training
         test_path = settings.test_path or DEFAULT_TEST_PATH
         LongTextDataset(test_path, quarantine_path=run.quarantine("test"), **options)

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.cli.conftest import ROOT, TORCHRUN
+from tests.conftest import write_corpus
 
 TWO = (
     "--config tiny.yaml --mode train --epochs 6 --eval_every 5 --batch_size 4 --dropout 0 --optimizer_type sgd "
@@ -177,15 +178,18 @@ def test_a_document_that_fails_in_one_process_ends_both_with_one_message(project
     assert json.loads((project / "logs" / "bad" / "status.json").read_text())["state"] == "failed"
 
 
-def test_wrong_input_is_reported_once(project, run_two):
+def test_wrong_input_is_reported_once_and_before_training(project, run_two):
+    write_corpus(project / "one.jsonl", 1)
     for arguments, message in (
         ("--epochs 0", "--epochs 0: input should be greater"),
+        ("--val_path one.jsonl --output_dir logs/one", "one.jsonl: 1 documents cannot be shared by 2 processes"),
         ("--train_path nowhere.jsonl --output_dir logs/nowhere", "nowhere.jsonl"),
     ):
         code, console = run_two(project, f"--config tiny.yaml {arguments}")
         assert code != 0
         assert console.count(" ERROR ") == 1, console
         assert message in console
+        assert "INFO step" not in console
 
 
 def test_a_process_that_is_killed_ends_the_other(project, start_two):
