@@ -50,8 +50,8 @@ class Objective:
         losses = self.losses(hidden_states.window_logits[documents, windows], labels[documents])
         return (losses * shares.view(-1, *[1] * (losses.dim() - 1))).sum()
 
-    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+    def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int) -> Tensor:
         loss = self.losses(outputs.logits, labels).sum()
         if self.window_loss:
             loss = loss + self.window_loss * self.window_loss_sum(outputs.hidden_states, labels)
-        return loss / (labels.numel() if num_items_in_batch is None else num_items_in_batch)
+        return loss / num_items_in_batch

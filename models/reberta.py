@@ -197,7 +197,7 @@ class RecurrentRoBERTa(PreTrainedModel):
         # Read again without them: though its state is replaced, a failed window would send NaN gradients back. With
         # dropout, others may fail in the second reading.
         while (output.hidden_states.window_failures & ~failed_BN).any():
-            failed_BN = failed_BN | output.hidden_states.window_failures
+            failed_BN = output.hidden_states.window_failures
             exists_BN = attention_mask.any(-1)
             first_read_BN = (exists_BN & ~failed_BN).cumsum(1) > 0
             unreadable_B1 = ~first_read_BN.any(1, keepdim=True)

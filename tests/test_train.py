@@ -576,6 +576,7 @@ def test_objective_sums():
     logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 0, 1])
     per_document = nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)
     torch.testing.assert_close(Objective(0.1).losses(logits, labels), per_document)
+    assert Objective().losses(logits.bfloat16(), labels).dtype == torch.float32
     weights = torch.tensor([0.5, 2.0, 3.0])
     plain = nn.functional.cross_entropy(logits, labels, reduction="none")
     torch.testing.assert_close(Objective(0.0, weights).losses(logits, labels), plain * weights[labels])
@@ -583,6 +584,8 @@ def test_objective_sums():
     smoothed = several * 0.9 + 0.05
     expected = -(smoothed * torch.sigmoid(logits).log() + (1 - smoothed) * torch.sigmoid(-logits).log())
     torch.testing.assert_close(Objective(0.1).losses(logits, several), expected)
+    weighted = -(weights * several * torch.sigmoid(logits).log() + (1 - several) * torch.sigmoid(-logits).log())
+    torch.testing.assert_close(Objective(0.0, weights).losses(logits, several), weighted)
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import AutoModel, ModernBertConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from models.encoder import Dropout, load_encoder, token_lookup
+from models.encoder import Dropout, _token_mean, load_encoder, token_lookup
 from models.quantization import quantize_int8
 from models.reberta import RecurrentRoBERTa
 from tests.conftest import PAD, SHAPE, tiny_encoder
@@ -155,6 +155,12 @@ def test_bf16_where_padding_sees_nothing_in_local_attention():
     output.logits.float().square().sum().backward()
     assert relative(output.logits, expected) < 2e-2
     assert relative(gradients(model), wanted) < 2e-2
+
+
+def test_the_mean_of_tokens_in_bf16_does_not_depend_on_padding():
+    hidden = torch.randn(2, 16, 8).bfloat16()
+    assert _token_mean(hidden, None).dtype == torch.float32
+    torch.testing.assert_close(_token_mean(hidden, None), _token_mean(hidden, torch.ones(2, 16)))
 
 
 def test_bf16_attention_drops_weights_where_asked():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 from transformers import (
@@ -82,13 +84,16 @@ def _gradients(model, forward) -> dict[str, torch.Tensor]:
 def test_logits_do_not_depend_on_batch_padding_or_order(encoder_config, carry):
     model = build(encoder_config, carry=carry, num_repeats=2)
     input_ids, mask = documents(LENGTHS)
-    together = model(input_ids=input_ids, attention_mask=mask).logits
+    together, hidden = model(input_ids=input_ids, attention_mask=mask)
     for row, lengths in enumerate(LENGTHS):
         windows, width = len(lengths), max(lengths)
-        alone = model(
+        alone, own = model(
             input_ids=input_ids[row : row + 1, :windows, :width], attention_mask=mask[row : row + 1, :windows, :width]
-        ).logits
+        )
         torch.testing.assert_close(alone[0], together[row], atol=1e-5, rtol=0)
+        torch.testing.assert_close(own.document_state[0], hidden.document_state[row], atol=1e-5, rtol=0)
+        torch.testing.assert_close(own.window_gates[:, 0], hidden.window_gates[:, row, :windows], atol=1e-5, rtol=0)
+        torch.testing.assert_close(own.global_gates[:, 0], hidden.global_gates[:, row], atol=1e-5, rtol=0)
     order = [2, 0, 3, 1]
     absent = torch.zeros(4, 3, 12, dtype=torch.long)
     shuffled = model(
@@ -209,6 +214,20 @@ def test_recomputation_keeps_fewer_activations(encoder_config):
     assert saved[2] < saved[1] / 2
 
 
+@pytest.mark.parametrize(("level", "chunks", "layers"), [(0, 1, 9), (1, 2 * 4, 9 + 8), (2, 2 * 8, 9 + 8 + 9)])
+def test_what_is_computed_again(encoder_config, monkeypatch, level, chunks, layers):
+    """Chunks, and first layers, of eight windows and their aggregation: at level 1 two windows at a time, at level 2
+    one, whose layers come once more."""
+    model = build(encoder_config, memory_level=level, aggregation="encoder").train()
+    calls: Counter[str] = Counter()
+    read_chunk = model._read_chunk
+    monkeypatch.setattr(model, "_read_chunk", lambda *arguments: calls.update(["chunk"]) or read_chunk(*arguments))
+    first = model.encoder.encoder.layer[0].intermediate
+    first.register_forward_hook(lambda module, inputs, output: calls.update(["layer"]))
+    model(*documents([[12] * 8])).logits.sum().backward()
+    assert calls == {"chunk": chunks, "layer": layers}
+
+
 @pytest.mark.parametrize("carry", ["gru", "gated", "residual"])
 @pytest.mark.parametrize("aggregation", ["encoder", "transformer", "attention", "mean", "max"])
 def test_every_parameter_gets_a_gradient(encoder_config, carry, aggregation):
@@ -227,6 +246,13 @@ def test_fresh_model_is_its_own_mean_of_windows(encoder_config, carry, aggregati
     model = RecurrentRoBERTa(num_classes=3, encoder=encoder_config, **options).eval()
     hidden = model(*documents([[12, 12, 5]])).hidden_states
     torch.testing.assert_close(hidden.document_state, hidden.window_states.mean(1), atol=1e-6, rtol=0)
+
+
+def test_a_fixed_alpha_of_0_is_no_learned_one(encoder_config):
+    model = build(encoder_config, carry="none", aggregation="encoder", global_alpha=0.0)
+    hidden = model(*documents([[12, 12, 5]])).hidden_states
+    torch.testing.assert_close(hidden.document_state, hidden.window_states.mean(1), atol=1e-6, rtol=0)
+    assert not list(model.aggregation.parameters())
 
 
 def test_start_values(encoder_config):
@@ -260,12 +286,14 @@ def test_window_logits_are_the_heads_of_each_window(encoder_config):
         assert other(input_ids=input_ids, attention_mask=mask).hidden_states.window_logits is None
 
 
-def test_no_dropout_before_the_pooler(encoder_config):
+def test_dropout_stands_behind_the_pooler_and_not_before_it(encoder_config):
     """Document states lie far from zero and close together: without a number in ten, nothing would be left of them."""
     model = build(encoder_config, dropout=0.5, window_loss=1.0).train()
-    seen = []
+    seen, dropped = [], []
     model.pooler.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    model.classifier.register_forward_hook(lambda module, inputs, output: dropped.append(inputs[0] == 0))
     hidden = model(*documents(LENGTHS)).hidden_states
+    assert [part.float().mean().item() for part in dropped] == pytest.approx([0.5, 0.5], abs=0.2)
     documents_in, windows_in = sorted(seen, key=lambda states: states.dim())
     assert torch.equal(windows_in, hidden.window_states)
     rows = {tuple(state) for state in hidden.document_state.tolist()}
@@ -278,6 +306,8 @@ def test_gates_report_the_mean_weight_of_what_entered(encoder_config):
     assert isinstance(hidden, HiddenStates)
     assert hidden.window_gates.shape == (2, 2, 3)
     assert hidden.global_gates.shape == (2, 2)
+    assert not hidden.window_gates.requires_grad
+    assert not hidden.global_gates.requires_grad
     assert hidden.window_gates[:, :, 0].abs().sum() == 0
     assert hidden.window_gates[:, 1].abs().sum() == 0
     assert hidden.global_gates[0].abs().sum() == 0

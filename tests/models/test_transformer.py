@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from models.aggregation import sinusoids
+from models.aggregation import sinusoids, transformer_layer
 from models.checkpoint import is_checkpoint, load_model_and_config, save_checkpoint
 from models.transformer import TransformerClassifier, TransformerConfig
 from tests.conftest import CLS, SEP, VOCABULARY, word_tokenizer
@@ -51,6 +51,12 @@ def test_sinusoids_are_those_of_the_paper():
     places = sinusoids(torch.tensor([0, 3]), 4)
     expected = [[0.0, 1.0, 0.0, 1.0], [0.14112, -0.98999, 0.029996, 0.99955]]  # 3 and 3 / 100
     torch.testing.assert_close(places, torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+def test_attention_weights_are_not_dropped():
+    attention, states = transformer_layer(8, 2, 16, dropout=0.5).self_attn.train(), torch.randn(2, 5, 8)
+    first, again = (attention(states, states, states)[0] for _ in range(2))
+    assert torch.equal(first, again)
 
 
 @pytest.mark.parametrize("grad", [True, False])

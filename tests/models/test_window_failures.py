@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -69,6 +71,20 @@ def test_a_window_that_fails_in_the_second_reading_alone_is_reported_too(encoder
     assert hidden.window_failures.tolist() == [[False, True, True, False]]
     assert next(fails, None) is None
     assert torch.equal(hidden.window_states[0, 2], hidden.window_states[0, 0])
+
+
+def test_a_window_that_fails_in_the_first_of_two_repeats_is_left_out(encoder_config, monkeypatch):
+    model = build(encoder_config, carry="gated", num_repeats=2)
+    whole = model._encode
+    calls = itertools.count()
+
+    def encode(*arguments):
+        return whole(*arguments) * (torch.nan if next(calls) == 1 else 1)
+
+    monkeypatch.setattr(model, "_encode", encode)
+    hidden = model(*documents([[12, 12, 12]])).hidden_states
+    assert hidden.window_failures.tolist() == [[False, True, False]]
+    assert torch.equal(hidden.window_states[0, 1], hidden.window_states[0, 0])
 
 
 def test_gradients_stay_finite(poisoned):
