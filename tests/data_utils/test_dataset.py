@@ -128,6 +128,8 @@ def test_unknown_labels_are_skipped_as_bad_lines(make, tmp_path, caplog, monkeyp
         assert f"2 bad lines were left out; they are in {quarantine}" in caplog.messages
     with pytest.raises(DataFormatError, match="as in all documents, none is left"):
         make(path, label_names=["z"], on_bad_lines="skip")
+    make(write_jsonl(tmp_path / "good.jsonl", rows[:1]), quarantine_path=quarantine)
+    assert not quarantine.exists()  # what an earlier run left there is of other documents
 
 
 def test_multi_label(make, tmp_path):

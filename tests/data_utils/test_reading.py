@@ -50,11 +50,16 @@ def test_windows_from_all_over_by_hand():
     assert read_positions(31, 10, "random", 12).tolist() == list(range(10, 20))
 
 
-def test_drawn_windows_are_whole_ascending_and_reach_every_token():
+@pytest.mark.parametrize(
+    "draws",
+    [[Draw((0, document), 1) for document in range(300)], [Draw((0, 1), epoch) for epoch in range(300)]],
+    ids=["of documents", "of epochs"],
+)
+def test_drawn_windows_are_whole_ascending_and_reach_every_token(draws):
     for tokens in (21, 25, 30, 57, 60, 133):
         seen = np.zeros(tokens, dtype=int)
-        for document in range(300):
-            positions = read_positions(tokens, 20, "random", 12, Draw((0, document), 1))
+        for draw in draws:
+            positions = read_positions(tokens, 20, "random", 12, draw)
             assert len(positions) == 20
             windows = positions.reshape(2, 10)
             assert (np.diff(windows, axis=1) == 1).all()
@@ -129,6 +134,9 @@ def test_windows_are_drawn_from_seed_epoch_and_document_alone(make):
     assert {item["index"]: item["input_ids"].tolist() for item in loader} == epochs[1]
     other = make(read="random", max_windows=3, draw_windows=True, seed=1)
     assert any(other[index]["input_ids"].tolist() != epochs[0][index] for index in long)
+    some = make(read="random", max_windows=3, draw_windows=True, sample_data=len(TEXTS) - 2)
+    for index, name in enumerate(some.ids):
+        assert some[index]["input_ids"].tolist() == epochs[0][list(drawn.ids).index(name)]
 
 
 @pytest.mark.parametrize("read", ["first", "head_tail"])

@@ -72,6 +72,28 @@ def test_groups_are_made_anew_each_epoch():
     assert len(groups[0] & groups[1]) <= 2
 
 
+def test_no_batch_holds_the_longest_with_the_shortest():
+    """Not even that of few documents, whose order is rolled."""
+    counts = np.arange(1, 151)
+    spreads = [np.ptp(counts[batch]) for epoch in range(5) for batch in batches_of(counts, 4, epoch=epoch)]
+    assert max(spreads) < 50
+
+
+def test_any_document_may_be_in_the_smaller_last_group():
+    last = [batches_of(np.arange(1, 11), 4, epoch=epoch)[-1] for epoch in range(50)]
+    assert set(map(len, last)) == {2}
+    assert set(flat(last)) == set(range(10))
+
+
+@pytest.mark.parametrize("cap", [None, 1600])
+def test_long_and_short_groups_come_in_any_order(cap):
+    """Neighbours of 400 different lengths differ by a third of the range, as drawn numbers do, not by a group."""
+    counts = np.arange(1, 401)
+    means = [counts[batch].mean() for batch in batches_of(counts, 4, max_windows_per_batch=cap)]
+    assert len(means) == 100
+    assert np.abs(np.diff(means)).mean() == pytest.approx(400 / 3, rel=0.2)
+
+
 @pytest.mark.parametrize("documents", [5, 64, 1003])
 def test_micro_batches_do_not_change_the_groups(documents):
     counts = counts_of(documents)
@@ -106,16 +128,18 @@ def test_replicas_see_the_documents_of_one_process():
 
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])
-@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize(("accumulation", "shuffle"), [(1, True), (3, True), (1, False)])
 @pytest.mark.parametrize("documents", [3, 50, 301])
 @pytest.mark.parametrize("cap", [1, 12, 40, 200])
-def test_a_cap_on_windows(documents, accumulation, replicas, cap):
+def test_a_cap_on_windows(documents, accumulation, shuffle, replicas, cap):
     counts = counts_of(documents)
-    shares = replicas_of(counts, 8, replicas, accumulation=accumulation, max_windows_per_batch=cap)
+    options = {"accumulation": accumulation, "max_windows_per_batch": cap, "shuffle": shuffle}
+    shares = replicas_of(counts, 8, replicas, **options)
     assert sorted(flat(flat(shares))) == list(range(documents))
     assert len({len(share) for share in shares}) == 1
     batches = [batch for share in shares for batch in share]
     over = [batch for batch in batches if len(batch) > 1 and len(batch) * counts[batch].max() > cap]
+    assert all(batches)
     assert len(over) < replicas
     assert not over or len(batches) + len(over) == documents
 
@@ -123,6 +147,27 @@ def test_a_cap_on_windows(documents, accumulation, replicas, cap):
 def test_a_document_above_the_cap_makes_a_batch_of_its_own():
     batches = batches_of(np.array([1, 30, 1, 2]), 4, max_windows_per_batch=8, shuffle=False)
     assert batches == [[1], [3, 0, 2]]
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_with_a_cap_an_update_takes_the_next_by_length_and_the_smaller_one_is_the_last(replicas):
+    counts = np.arange(1, 413)  # 103 batches, or 104 of which two are halves
+    for epoch in range(5):
+        options = {"accumulation": 3, "max_windows_per_batch": 10_000, "epoch": epoch}
+        shares = replicas_of(counts, 4, replicas, **options)
+        groups = [sorted(flat(group)) for group in zip(*(updates(share, 3) for share in shares), strict=True)]
+        assert len(groups) == -(-103 // (3 * replicas))
+        for group in groups:
+            assert group == list(range(group[0], group[-1] + 1))
+        assert len(groups[-1]) < 12 * replicas
+        for share in shares:
+            windows = [len(batch) * int(counts[batch].max()) for batch in share]
+            assert windows[:3] == sorted(windows[:3], reverse=True)
+
+
+def test_of_batches_that_do_not_divide_evenly_the_largest_is_split():
+    shares = replicas_of(np.array([30, 3, 3, 3, 3]), 8, 2, max_windows_per_batch=9, shuffle=False)
+    assert sorted(sorted(batch) for batch in flat(shares)) == [[0], [1, 2], [3], [4]]
 
 
 def test_documents_that_cannot_be_split_evenly_are_joined():
@@ -160,8 +205,10 @@ def test_a_restart_skips_what_was_done():
     assert list(resumed) == uninterrupted[31:]
 
 
-def test_ties_are_drawn():
-    first = Counter(batch[0] for epoch in range(30) for batch in batches_of(np.ones(40, dtype=int), 4, epoch=epoch))
+@pytest.mark.parametrize("cap", [None, 4])
+def test_ties_are_drawn(cap):
+    counts, options = np.ones(40, dtype=int), {"max_windows_per_batch": cap}
+    first = Counter(batch[0] for epoch in range(30) for batch in batches_of(counts, 4, epoch=epoch, **options))
     assert len(first) == 40
 
 

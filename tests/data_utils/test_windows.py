@@ -18,7 +18,7 @@ from data_utils.windows import (
 from tests.data_utils.conftest import SAMPLE, random_text
 from utils import ConfigError
 
-CLS, SEP, PAD = 101, 102, 0
+CLS, SEP, PAD = 101, 102, 1
 
 
 def joined(input_ids, attention_mask, overlap):
