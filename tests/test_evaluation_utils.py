@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import evaluation_utils
 from calibration import predicted_labels, probabilities
-from evaluation_utils import classification_metrics, evaluate_model, metrics_by_length, predict
+from evaluation_utils import check_share, classification_metrics, evaluate_model, metrics_by_length, predict
 from figure_text import display_width
 from utils import DataError, ModelError, ReBertaError, TrainingError
 
@@ -235,6 +235,8 @@ def test_metrics_by_length():
     assert several == [
         {"from": 0, "to": 10, "documents": 5, "accuracy": 0.6, "f1_macro": pytest.approx((0.8 + 0.5 + 0) / 3)}
     ]
+    none = metrics_by_length(np.zeros((1, 3)), np.zeros((1, 3), dtype=int), [9], edges=(10,))
+    assert none == [{"from": 0, "to": 10, "documents": 1, "accuracy": 1.0, "f1_macro": 0.0}]
 
 
 # the report
@@ -454,11 +456,13 @@ def test_too_many_failed_windows_end_the_run(tmp_path):
             Table(logits, {(7, 1), (2, 0)}), loader(Documents(labels)), "cpu", NAMES, tmp_path, max_window_failures=0.02
         )
     assert not list(tmp_path.iterdir())
+    for failed, windows, most in (0, 73, 0.0), (2, 100, 0.02):  # as many as may fail
+        check_share(failed, windows, most, "")
 
 
 def test_a_document_without_any_readable_window_ends_the_run(tmp_path):
     labels, logits = sample(30)
-    logits[4] = np.nan
+    logits[4, 1] = np.nan  # one is enough
     with pytest.raises(TrainingError, match="logits that are not finite in 1 of 30 documents: doc-4; try"):
         evaluate_model(Table(logits), loader(Documents(labels)), "cpu", NAMES, tmp_path)
 

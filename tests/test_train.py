@@ -261,15 +261,20 @@ def test_ema_is_the_moving_average_of_the_weights(run):
 
 
 def test_training_takes_some_windows_and_validation_all(run, monkeypatch):
-    forward, seen = RecurrentRoBERTa.forward, {True: 0, False: 0}
+    forward, seen, trained_on = RecurrentRoBERTa.forward, {True: 0, False: 0}, set()
 
     def watched(self, input_ids, attention_mask):
         seen[self.training] = max(seen[self.training], input_ids.shape[1])
+        if self.training:
+            trained_on.update(
+                tuple(window[mask == 1].tolist()) for window, mask in zip(input_ids, attention_mask, strict=True)
+            )
         return forward(self, input_ids, attention_mask)
 
     monkeypatch.setattr(RecurrentRoBERTa, "forward", watched)
-    trained = run("--epochs 1 --train_windows 2")
-    assert seen == {True: 2, False: 6}
+    trained = run("--epochs 2 --train_windows 1")
+    assert seen == {True: 1, False: 6}
+    assert len(trained_on) > TRAINING + 10  # the second epoch draws others
     assert load_model_and_config(trained.best_model).model.config.max_windows == 6
 
 
@@ -445,6 +450,8 @@ def test_multi_label(run, tmp_path):
     assert model.config.problem_type == "multi_label_classification"
     assert len(model.config.thresholds) == 3
     assert all(0 < threshold < 1 for threshold in model.config.thresholds)
+    losses = {name: row[name] for row in rows(trained) for name in ("loss", "eval_loss") if name in row}
+    assert losses["eval_loss"] == pytest.approx(losses["loss"], rel=0.5)  # both are means over documents and labels
 
 
 def with_a_poisoned_word(encoder_folder: Path, target: Path, value: float) -> Path:
@@ -493,10 +500,10 @@ def test_a_gradient_that_is_not_finite_raises_before_the_update(run, monkeypatch
 def test_too_many_failed_windows_end_the_run_and_a_few_are_named(run, encoder_folder, tmp_path):
     encoder = with_a_poisoned_word(encoder_folder, tmp_path / "poisoned", math.inf)
     poison("train", SECOND_WINDOW_FAILS, slice(3, 4))
-    trained = run(f"--model_path {encoder} --max_window_failures 0.05 --epochs 1", "few")
+    trained = run(f"--model_path {encoder} --max_window_failures 0.02", "few")  # one window of each epoch
     warnings = [line for line in (trained.run_folder / "train.log").read_text().splitlines() if " WARNING " in line]
-    assert len(warnings) == 1
-    assert "train-3, window 1: its state is not finite" in warnings[0]
+    assert len(warnings) == 2
+    assert all("train-3, window 1: its state is not finite" in warning for warning in warnings)
     assert all(
         value.isfinite().all() or "word_embeddings" in name for name, value in weights(trained.best_model).items()
     )
@@ -529,6 +536,8 @@ def test_the_failures_of_a_run_shorter_than_an_epoch_are_a_share_of_what_it_read
     poison("train", SECOND_WINDOW_FAILS, slice(None))
     with pytest.raises(TrainingError, match="step 1: 2 windows of this epoch failed, over --max_window_failures"):
         run(f"--model_path {encoder} --max_window_failures 0.3 --total_steps 1 --batch_size 2", "short")
+    few = f"--model_path {encoder} --max_window_failures 0.4 --total_steps 1 --batch_size 1"
+    assert run(f"{few} --gradient_accumulation_steps 2", "few").run_folder.is_dir()
 
 
 def test_a_learning_rate_that_explodes_is_an_error(run):
