@@ -75,13 +75,18 @@ def command(arguments: Sequence[str]) -> None:
 def best_epoch(run: Path, status: dict[str, Any], loss: str) -> dict[str, float]:
     """Where the best model comes from, and how it did in validation; `loss` is what it was chosen by."""
     best = status["best_step"]
-    rows = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    row = next(row for row in rows if row["step"] == best and "eval_loss" in row)
+    row = next(row for row in evaluations(run) if row["step"] == best)
     return {
         "best_epoch": round(row["epoch"], 2),
         "validation_loss": row[f"eval_{loss}"],
         "validation_accuracy": row["eval_accuracy"],
     }
+
+
+def evaluations(run: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl that tell of the validation set, in the order of time."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return [row for row in rows if "eval_loss" in row]
 
 
 if __name__ == "__main__":

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks import common
+from benchmarks.quality_cell import evaluations
 from command_line import parse_settings
 from data_utils.dataset import LongTextDataset, dataset_options, evaluation_loader, load_tokenizer
 from engine.linear_probe import FOLDS
-from models.aggregation import ADDED
 from models.output import INITIALIZER_RANGE
 from models.reberta import RecurrentRoBERTa
 from models.registry import build_model
@@ -90,8 +90,8 @@ def fresh(encoder: Path, flags: str, windows: int) -> tuple[RecurrentRoBERTa, Lo
 @torch.no_grad()
 def let_speak(model: RecurrentRoBERTa) -> None:
     """What starts at zero, so that memory and Transformer say nothing at first, starts as any other fresh layer."""
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and (name == "carry_output" or name.endswith(ADDED)):
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and not module.weight.any():
             module.weight.normal_(std=INITIALIZER_RANGE)
 
 
@@ -162,17 +162,17 @@ def training(encoder: Path, flags: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="reberta-starts-") as folder:
         command = [sys.executable, str(ROOT / "main.py"), "--mode=train_and_evaluate", "--output_dir=run"]
         command += [f"--config={ROOT / 'configs' / 'sotu.yaml'}", f"--model_path={encoder}", "--device=cpu"]
+        command += ["--log_level=ERROR"]
         paths = zip(("train_path", "val_path", "test_path"), CORPUS, strict=True)
         command += [f"--{name}={path}" for name, path in paths]
         alone = {"OMP_NUM_THREADS": "1"}
-        subprocess.run([*command, *flags.split()], cwd=folder, env=os.environ | alone, check=True, capture_output=True)
-        rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
+        subprocess.run([*command, *flags.split()], cwd=folder, env=os.environ | alone, check=True)
+        rows = evaluations(Path(folder) / "run")
         tested = json.loads((Path(folder) / "run" / "evaluation" / "metrics.json").read_text(encoding="utf-8"))
         status = json.loads((Path(folder) / "run" / "status.json").read_text(encoding="utf-8"))
-    evaluations = [row for row in rows if "eval_log_loss" in row]
     return {
-        "validation": {str(round(row["epoch"])): row["eval_log_loss"] for row in evaluations},
-        "best_epoch": next(round(row["epoch"]) for row in evaluations if row["step"] == status["best_step"]),
+        "validation": {str(round(row["epoch"])): row["eval_log_loss"] for row in rows},
+        "best_epoch": next(round(row["epoch"]) for row in rows if row["step"] == status["best_step"]),
         "accuracy": tested["accuracy"],
         "test_log_loss": tested["log_loss"],
     }
