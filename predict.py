@@ -32,10 +32,11 @@ from data_utils.stream import DocumentPart, documents_in_parts, one_ahead
 from data_utils.windows import Reading
 from evaluate import Reader, load_reader
 from evaluation_utils import check_documents, check_share, predict
+from files import TEMPORARY
 from models.checkpoint import checkpoint_hash
 from models.registry import READING
 from processes import process_count, under_torchrun
-from utils import TEMPORARY, ConfigError, DataError, DataLoadError, error_handler, get_device, logger, make_folder
+from utils import ConfigError, DataError, DataLoadError, error_handler, get_device, logger, make_folder
 
 PART_DOCUMENTS = 1000
 PART_CHARACTERS = 5_000_000  # what is lost by a kill stays small with long documents too

@@ -38,6 +38,7 @@ from engine.memory_plan import plan_memory
 from engine.objective import Objective
 from engine.run_folder import RunFolder, open_run_folder
 from engine.trainer import Data, EngineCallback, MetricsCallback, ReBertaTrainer
+from files import writing_to
 from models.checkpoint import Saved, is_checkpoint, load_all, load_checkpoint_tokenizer
 from models.registry import READING, build_model, built_with, check_encoder, learned_settings, refuse_other_architecture
 from models.transformer import TransformerClassifier
@@ -58,7 +59,6 @@ from utils import (
     logger,
     mixed_precision_type,
     validate_params,
-    writing_to,
 )
 
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {

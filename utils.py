@@ -1,12 +1,10 @@
-"""What every stage shares: errors with their exit codes, stage decorators, logging, files, device and memory.
+"""What every stage shares: errors with their exit codes, stage decorators, logging, device and memory.
 
 - errors: `ReBertaError` and its family; each class carries the exit code that `main` returns
 - `error_handler`, `validate_params`: decorators for stages (load data, build model, fit, evaluate, save)
-- `expected_error`, `writing_to`: what a library's error means: a full disk, no memory, a data worker that ended
+- `expected_error`: what a library's error means: a full disk, no memory, a data worker that ended
 - `is_main_process`: which of several processes writes and reports (see `processes`)
 - `setup_logging`: one format, to the console and, where asked, to a file
-- `atomic_path`, `write_text`: a file is written under a temporary name and moved into place
-- `made_up_folder`: where reports go
 - `get_device`, `mixed_precision_type`: where to compute, and in what
 - `limit_gpu_memory`, `clean_gpu_memory`, `log_gpu_usage`: the GPU's memory
 """
@@ -14,24 +12,19 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import functools
 import gc
-import hashlib
 import inspect
 import logging
 import os
 import pickle
 import re
-import secrets
-import shutil
 import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
-from datetime import datetime
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, ParamSpec, TextIO, TypeVar, overload
 
@@ -47,8 +40,6 @@ R = TypeVar("R")
 BUGS = (AttributeError, NameError, AssertionError, TypeError)
 
 logger = logging.getLogger("reberta")
-
-TEMPORARY = ".writing."  # what names of unfinished files begin with; what a kill leaves of them may be deleted
 
 
 class ReBertaError(Exception):
@@ -209,18 +200,6 @@ def _without_worker(message: str) -> str:
     return message if raised is None else f"{raised[2].partition(': ')[2] or raised[2]} (in {raised[1]})"
 
 
-@contextlib.contextmanager
-def writing_to(path: str | Path) -> Iterator[None]:
-    """Where the disk is full in this block, the error names `path`."""
-    try:
-        yield
-    except Exception as error:
-        known = expected_error(error)
-        if isinstance(known, ResourceError) and not isinstance(error, ReBertaError):
-            raise ResourceError(f"{path}: {known}") from error
-        raise
-
-
 def is_main_process() -> bool:
     """Whether this is the only process, or number 0 of those that torchrun started: the one that writes and reports."""
     return int(os.environ.get("RANK", 0)) == 0
@@ -331,51 +310,6 @@ def quiet_libraries(level: str) -> None:
         transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="torch|transformers|accelerate")
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; it becomes `path` when the block ends well and vanishes otherwise."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{TEMPORARY}{path.name}.{secrets.token_hex(4)}{path.suffix}")
-    try:
-        with writing_to(path):
-            yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def nearest(path: str | Path) -> str:
-    """For the message that there is no `path`: what lies where it should and has nearly its name."""
-    path = Path(path)
-    beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
-    close = difflib.get_close_matches(path.name, beside, n=1)
-    return f"; did you mean {path.with_name(close[0])}?" if close else ""
-
-
-def share_weights(folder: Path) -> None:
-    """Give the *.safetensors of `folder` the permissions of its config.json: safetensors writes for its owner alone."""
-    for file in folder.glob("*.safetensors"):
-        shutil.copymode(folder / "config.json", file)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of what the file holds, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def made_up_folder(name: str) -> Path:
-    """`logs/<name>-<time>`, for a run or report whose folder the user leaves open."""
-    return Path("logs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def get_device(name: str | None = None) -> torch.device:

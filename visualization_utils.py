@@ -30,7 +30,7 @@ from sklearn.metrics import confusion_matrix
 
 from data_utils.windows import capacity, window_count
 from figure_text import Names, Rows, display_width
-from utils import atomic_path
+from files import atomic_path
 
 DPI = 200
 STYLE: dict[Any, Any] = {

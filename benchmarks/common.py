@@ -21,7 +21,8 @@ import transformers
 
 from benchmarks import report, report_tables
 from benchmarks.peers import WINDOW
-from utils import ConfigError, write_text
+from files import write_text
+from utils import ConfigError
 
 
 def machine() -> dict[str, Any]:

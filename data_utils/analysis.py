@@ -29,7 +29,8 @@ from data_utils.readers import OnBadLines, Paths, Quarantine, checked_records, e
 from data_utils.records import Columns, ProblemType, Record
 from data_utils.tokenization import tokenize
 from data_utils.windows import capacity, check_window_options
-from utils import logger, made_up_folder, setup_logging, write_text
+from files import made_up_folder, write_text
+from utils import logger, setup_logging
 from visualization_utils import save_length_coverage
 
 WINDOW_COUNTS = (4, 8, 16, 32, 64)

@@ -34,7 +34,8 @@ from data_utils.readers import Quarantine, checked_records
 from data_utils.records import Columns, ProblemType, Record
 from data_utils.tokenization import Tokens, batches, tokenize
 from data_utils.windows import Reading, flat_windows, word_starts_at
-from utils import DataLoadError, ResourceError, logger, writing_to
+from files import writing_to
+from utils import DataLoadError, ResourceError, logger
 
 FORMAT = 3
 DEFAULT_CACHE = Path(Settings.model_fields["cache_dir"].default).expanduser()

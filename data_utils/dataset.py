@@ -45,7 +45,8 @@ from data_utils.windows import (
     window_counts,
     word_starts_at,
 )
-from utils import ConfigError, DataFormatError, atomic_path, logger
+from files import atomic_path
+from utils import ConfigError, DataFormatError, logger
 
 __all__ = ["LongTextBatchSampler", "LongTextDataset", "Masking", "collate", "evaluation_loader", "load_tokenizer"]
 

@@ -19,7 +19,8 @@ from typing import Any
 
 from filelock import FileLock
 
-from utils import TEMPORARY, ConfigError, atomic_path, file_sha256, logger, write_text
+from files import TEMPORARY, atomic_path, file_sha256, write_text
+from utils import ConfigError, logger
 
 FINGERPRINT = "fingerprint.json"
 LOCK = "lock"

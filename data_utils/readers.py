@@ -25,7 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_utils.records import ID_COLUMN, Columns, ProblemType, Record, RecordCheck, kind_of
-from utils import DataFormatError, DataLoadError, logger, nearest
+from files import nearest
+from utils import DataFormatError, DataLoadError, logger
 
 Paths = str | Path | Iterable[str | Path]
 OnBadLines = Literal["error", "skip"]

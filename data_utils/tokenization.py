@@ -22,8 +22,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from files import nearest
 from pretrained import find_encoder
-from utils import ConfigError, ModelError, error_handler, nearest
+from utils import ConfigError, ModelError, error_handler
 
 T = TypeVar("T")
 

@@ -15,7 +15,8 @@ import os
 import shutil
 from pathlib import Path
 
-from utils import ModelError, file_sha256, logger, write_text
+from files import file_sha256, write_text
+from utils import ModelError, logger
 
 MANIFEST = "manifest.json"
 STATE_FILE = "trainer_state.json"

@@ -27,23 +27,20 @@ from filelock import FileLock, Timeout
 
 from config import Settings
 from engine.run_checkpoints import STATE_FILE, fault, newest_whole, set_aside, step_of
+from files import TEMPORARY, file_sha256, made_up_folder, write_text
 from pretrained import RUN_STATUS
 from processes import gather, process_count
 from utils import (
-    TEMPORARY,
     ConfigError,
     DataError,
     ModelError,
     ReBertaError,
     ResourceError,
     StoppedError,
-    file_sha256,
     is_main_process,
     logger,
-    made_up_folder,
     make_folder,
     setup_logging,
-    write_text,
 )
 
 SETTINGS_FILE, ENVIRONMENT_FILE, STATUS_FILE = "settings.json", "environment.json", RUN_STATUS

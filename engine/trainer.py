@@ -36,9 +36,10 @@ from engine.run_checkpoints import STATE_FILE, keep, seal
 from engine.run_folder import RunFolder
 from engine.watch import Watch
 from evaluation_utils import check_windows, classification_metrics, predict
+from files import share_weights, write_text
 from models.checkpoint import save_checkpoint
 from processes import StopSignals, gather
-from utils import logger, share_weights, write_text
+from utils import logger
 from visualization_utils import save_run_curves
 
 EMA_FILE = "ema.safetensors"

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from evaluation_utils import failed_places
+from files import write_text
 from processes import gather, said_once
-from utils import TrainingError, logger, write_text
+from utils import TrainingError, logger
 
 
 class Watch:

@@ -32,10 +32,11 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
+from files import TEMPORARY, file_sha256, nearest, share_weights, writing_to
 from models.reberta import RecurrentRoBERTa
 from models.transformer import TransformerClassifier
 from pretrained import refuse_run_folder
-from utils import TEMPORARY, ModelError, error_handler, file_sha256, nearest, share_weights, validate_params, writing_to
+from utils import ModelError, error_handler, validate_params
 
 FORMAT = 1
 MODEL_FILE = "model.pt"

@@ -32,12 +32,13 @@ from torch.export import Dim
 from transformers import PreTrainedTokenizerBase
 
 from config import Settings
+from files import made_up_folder
 from models.aggregation import masked_max, masked_mean
 from models.checkpoint import load_all
 from models.encoder import max_window_size
 from models.reberta import RecurrentRoBERTa
 from models.registry import READING
-from utils import ConfigError, ModelError, error_handler, logger, made_up_folder, make_folder
+from utils import ConfigError, ModelError, error_handler, logger, make_folder
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-3  # of logits; what is seen is 1e-6

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from files import atomic_path
 from utils import (
     ConfigError,
     DataError,
@@ -18,7 +19,6 @@ from utils import (
     ReBertaError,
     ResourceError,
     TrainingError,
-    atomic_path,
     clean_gpu_memory,
     error_handler,
     get_device,

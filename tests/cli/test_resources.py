@@ -21,10 +21,11 @@ from safetensors.torch import save_file
 
 from data_utils import dataset
 from engine import trainer
+from files import atomic_path, writing_to
 from main import main
 from models.checkpoint import load_model_and_config
 from tests.conftest import write_corpus
-from utils import ResourceError, atomic_path, error_handler, expected_error, setup_logging, writing_to
+from utils import ResourceError, error_handler, expected_error, setup_logging
 
 UNLIMITED = resource.getrlimit(resource.RLIMIT_FSIZE)
 
