@@ -1,4 +1,4 @@
-"""Tiny random encoders, a word-level tokenizer and a small corpus, the same for all tests of models and engine."""
+"""Tiny random encoders, a word-level tokenizer, a small corpus and runs on it, for all tests of models and engine."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, BertConfig, PreTrainedConfig, PreTrainedTokenizerFast, RobertaConfig
 
+from command_line import parse_settings
+from train import train
+from train_by_steps import train_by_steps
+
 torch.set_num_threads(1)  # tiny tensors: more threads only wait for each other
 
 VOCABULARY = 120
@@ -20,6 +24,8 @@ WIDTH = 32
 UNK, PAD, CLS, SEP, MASK = range(5)
 WORDS = range(5, VOCABULARY)
 LABELS = ("early", "late")
+TRAINING = 22  # documents of `run`, not a multiple of any batch size there
+FLAGS = "--window_size 12 --max_windows 6 --batch_size 4 --epochs 2 --learning_rate 1e-3 --dropout 0 --log_steps 1"
 MODEL_CODE = {
     *("reberta.py", "configuration.py", "encoder.py", "gathered.py", "aggregation.py"),
     *("batch.py", "cell.py", "linear.py", "output.py", "pipeline.py"),
@@ -98,6 +104,30 @@ def encoder_folder(tmp_path_factory) -> Path:
 def blank_curves(monkeypatch) -> None:
     """Runs in this process leave an empty file of learning curves, whose drawing is more than half of a tiny run."""
     monkeypatch.setattr("engine.trainer.save_run_curves", lambda rows, path: Path(path).touch())
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, encoder_folder, blank_curves):
+    """Train in a fresh folder with some flags; gives what `train` gives."""
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path / "train.jsonl", TRAINING)
+    write_corpus(tmp_path / "val.jsonl", 10, seed=1)
+
+    def start(flags: str, name: str = "run"):
+        paths = f"--train_path train.jsonl --val_path val.jsonl --model_path {encoder_folder} --cache_dir cache"
+        argv = f"{FLAGS} {paths} --device cpu --output_dir logs/{name} {flags}".split()
+        settings = parse_settings(_last_wins(argv))
+        return train(settings) if settings.total_steps is None else train_by_steps(settings)
+
+    return start
+
+
+def _last_wins(argv: list[str]) -> list[str]:
+    """Drop `--epochs` where the test gives a budget in steps."""
+    if "--total_steps" in argv:
+        at = argv.index("--epochs")
+        argv = argv[:at] + argv[at + 2 :] + ["--mode", "train_steps"]
+    return argv
 
 
 @pytest.fixture(autouse=True)

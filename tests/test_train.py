@@ -13,51 +13,23 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import set_seed
 
 from command_line import parse_settings
 from data_utils.dataset import LongTextBatchSampler, LongTextDataset, collate, load_tokenizer
-from engine.objective import Objective
 from engine.trainer import MetricsCallback
 from evaluate import evaluate
 from models.checkpoint import load_model_and_config
 from models.reberta import RecurrentRoBERTa
 from models.registry import build_model
-from tests.conftest import MODEL_CODE, write_corpus
-from train import OPTIMIZERS, class_weights, optimizer_type, train
-from train_by_steps import train_by_steps
-from utils import ConfigError, DataError, TrainingError
+from tests.conftest import FLAGS, MODEL_CODE, TRAINING, write_corpus
+from train import OPTIMIZERS, class_weights, optimizer_type
+from utils import ConfigError, DataError
 
-TRAINING = 22  # not a multiple of any batch size here
-FLAGS = "--window_size 12 --max_windows 6 --batch_size 4 --epochs 2 --learning_rate 1e-3 --dropout 0 --log_steps 1"
 PLAIN_SGD = "--optimizer_type sgd --fresh_lr_factor 1 --scheduler_type constant --gradient_clip_val 0 --weight_decay 0"
-
-
-@pytest.fixture
-def run(tmp_path, monkeypatch, encoder_folder, blank_curves):
-    """Train in a fresh folder with some flags; gives what `train` gives."""
-    monkeypatch.chdir(tmp_path)
-    write_corpus(tmp_path / "train.jsonl", TRAINING)
-    write_corpus(tmp_path / "val.jsonl", 10, seed=1)
-
-    def start(flags: str, name: str = "run"):
-        paths = f"--train_path train.jsonl --val_path val.jsonl --model_path {encoder_folder} --cache_dir cache"
-        argv = f"{FLAGS} {paths} --device cpu --output_dir logs/{name} {flags}".split()
-        settings = parse_settings(_last_wins(argv))
-        return train(settings) if settings.total_steps is None else train_by_steps(settings)
-
-    return start
-
-
-def _last_wins(argv: list[str]) -> list[str]:
-    """Drop `--epochs` where the test gives a budget in steps."""
-    if "--total_steps" in argv:
-        at = argv.index("--epochs")
-        argv = argv[:at] + argv[at + 2 :] + ["--mode", "train_steps"]
-    return argv
 
 
 def rows(trained) -> list[dict]:
@@ -454,97 +426,6 @@ def test_multi_label(run, tmp_path):
     assert losses["eval_loss"] == pytest.approx(losses["loss"], rel=0.5)  # both are means over documents and labels
 
 
-def with_a_poisoned_word(encoder_folder: Path, target: Path, value: float) -> Path:
-    shutil.copytree(encoder_folder, target)
-    state = load_file(target / "model.safetensors")
-    state["embeddings.word_embeddings.weight"][50] = value
-    save_file(state, target / "model.safetensors", metadata={"format": "pt"})
-    return target
-
-
-SECOND_WINDOW_FAILS = "w51 " * 15 + "w50 " + "w51 " * 10  # of three
-
-
-def poison(name: str, text: str, documents: slice) -> None:
-    """Put `text` in these documents of NAME.jsonl, and leave the poisoned word out of all others."""
-    for path in (Path("train.jsonl"), Path("val.jsonl")):
-        path.write_text(path.read_text().replace("w50", "w51"))
-    path = Path(f"{name}.jsonl")
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    for line in lines[documents]:
-        line["text"] = text
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def test_a_loss_that_is_not_finite_raises_before_the_update(run, encoder_folder, tmp_path):
-    encoder = with_a_poisoned_word(encoder_folder, tmp_path / "poisoned", math.nan)
-    poison("train", "w50 " * 30, slice(3, 4))
-    with pytest.raises(TrainingError, match=r"step \d+: the loss is not finite.*documents: train-3\."):
-        run(f"--model_path {encoder}")
-    assert not list(Path("logs/run").glob("checkpoint-*"))
-
-
-def test_a_gradient_that_is_not_finite_raises_before_the_update(run, monkeypatch):
-    def build(*arguments):
-        model = build_model(*arguments)
-        model.pooler.weight.register_hook(lambda gradient: gradient * math.nan)
-        return model
-
-    monkeypatch.setattr("train.build_model", build)
-    with pytest.raises(TrainingError, match="step 1: the loss is finite but its gradient is not"):
-        run("--gradient_clip_val 0")
-    with pytest.raises(TrainingError, match="step 1: the loss is finite but its gradient is not"):
-        run("--gradient_clip_val 1", "clipped")
-
-
-def test_too_many_failed_windows_end_the_run_and_a_few_are_named(run, encoder_folder, tmp_path):
-    encoder = with_a_poisoned_word(encoder_folder, tmp_path / "poisoned", math.inf)
-    poison("train", SECOND_WINDOW_FAILS, slice(3, 4))
-    trained = run(f"--model_path {encoder} --max_window_failures 0.02", "few")  # one window of each epoch
-    warnings = [line for line in (trained.run_folder / "train.log").read_text().splitlines() if " WARNING " in line]
-    assert len(warnings) == 2
-    assert all("train-3, window 1: its state is not finite" in warning for warning in warnings)
-    assert all(
-        value.isfinite().all() or "word_embeddings" in name for name, value in weights(trained.best_model).items()
-    )
-    with pytest.raises(TrainingError, match="1 windows of this epoch failed, over --max_window_failures"):
-        run(f"--model_path {encoder} --max_window_failures 0.001 --epochs 1", "many")
-
-
-def test_windows_that_fail_in_validation_count(run, encoder_folder, tmp_path):
-    encoder = with_a_poisoned_word(encoder_folder, tmp_path / "poisoned", math.inf)
-    poison("val", SECOND_WINDOW_FAILS, slice(3, 4))
-    few = run(f"--model_path {encoder} --max_window_failures 0.2 --epochs 1", "few")
-    assert "step 6, validation: val-3, window 1: its state is not finite" in (few.run_folder / "train.log").read_text()
-    with pytest.raises(TrainingError, match=r"1 of \d+ windows failed, a share over .* 0.001: val-3, window 1"):
-        run(f"--model_path {encoder} --max_window_failures 0.001 --epochs 1", "many")
-    with pytest.raises(TrainingError, match=r"probe, validation: 1 of \d+ windows failed"):
-        run(f"--model_path {encoder} --max_window_failures 0.001 --epochs 1 --probe_epochs 1", "probe")
-
-
-def test_a_run_that_goes_on_knows_of_the_failures_of_its_epoch(run, encoder_folder, tmp_path):
-    encoder = with_a_poisoned_word(encoder_folder, tmp_path / "poisoned", math.inf)
-    poison("train", SECOND_WINDOW_FAILS, slice(None))
-    for _ in "whole", "from step 3":
-        with pytest.raises(TrainingError, match="step 5: 20 windows of this epoch failed"):
-            run(f"--model_path {encoder} --max_window_failures 0.3 --eval_every 3")
-        assert {path.name for path in Path("logs/run").glob("checkpoint-*")} == {"checkpoint-3"}
-
-
-def test_the_failures_of_a_run_shorter_than_an_epoch_are_a_share_of_what_it_reads(run, encoder_folder, tmp_path):
-    encoder = with_a_poisoned_word(encoder_folder, tmp_path / "poisoned", math.inf)
-    poison("train", SECOND_WINDOW_FAILS, slice(None))
-    with pytest.raises(TrainingError, match="step 1: 2 windows of this epoch failed, over --max_window_failures"):
-        run(f"--model_path {encoder} --max_window_failures 0.3 --total_steps 1 --batch_size 2", "short")
-    few = f"--model_path {encoder} --max_window_failures 0.4 --total_steps 1 --batch_size 1"
-    assert run(f"{few} --gradient_accumulation_steps 2", "few").run_folder.is_dir()
-
-
-def test_a_learning_rate_that_explodes_is_an_error(run):
-    with pytest.raises(TrainingError, match="not finite"):
-        run("--learning_rate 1e30 --gradient_clip_val 0 --num_warmup_steps 0 --optimizer_type sgd")
-
-
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_overflow_of_fp16_leaves_no_trace(name):
     settings = parse_settings(
@@ -578,39 +459,6 @@ def test_metrics_are_json_whatever_the_numbers(tmp_path):
     MetricsCallback(run).on_log(None, state, None)
     MetricsCallback(run).on_train_begin(None, state, None)
     assert run.metrics.read_text() == ('{"step": 1, "loss": 0.5, "grad_norm": null}\n{"step": 2, "loss": null}\n')
-
-
-def test_objective_sums():
-    torch.manual_seed(0)
-    logits, labels = torch.randn(6, 3), torch.tensor([0, 1, 2, 0, 0, 1])
-    per_document = nn.functional.cross_entropy(logits, labels, reduction="none", label_smoothing=0.1)
-    torch.testing.assert_close(Objective(0.1).losses(logits, labels), per_document)
-    assert Objective().losses(logits.bfloat16(), labels).dtype == torch.float32
-    weights = torch.tensor([0.5, 2.0, 3.0])
-    plain = nn.functional.cross_entropy(logits, labels, reduction="none")
-    torch.testing.assert_close(Objective(0.0, weights).losses(logits, labels), plain * weights[labels])
-    several = torch.from_numpy(np.eye(3, dtype=np.float32)[labels.numpy()])
-    smoothed = several * 0.9 + 0.05
-    expected = -(smoothed * torch.sigmoid(logits).log() + (1 - smoothed) * torch.sigmoid(-logits).log())
-    torch.testing.assert_close(Objective(0.1).losses(logits, several), expected)
-    weighted = -(weights * several * torch.sigmoid(logits).log() + (1 - several) * torch.sigmoid(-logits).log())
-    torch.testing.assert_close(Objective(0.0, weights).losses(logits, several), weighted)
-
-
-@pytest.mark.parametrize("several", [False, True])
-def test_window_loss_is_the_mean_over_a_documents_windows(several):
-    torch.manual_seed(0)
-    labels = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]) if several else torch.tensor([2, 0])
-    states = torch.randn(2, 3, 4)
-    states[1, 1:] = 0  # the second document has one window
-    window_logits, logits = torch.randn(2, 3, 3), torch.randn(2, 3)
-    hidden = SimpleNamespace(window_states=states, window_logits=window_logits)
-    plain = Objective()
-    first = torch.stack([plain.losses(window_logits[:1, i], labels[:1]).sum() for i in range(3)]).mean()
-    windows = first + plain.losses(window_logits[1:, 0], labels[1:]).sum()
-    expected = (plain.losses(logits, labels).sum() + 0.5 * windows) / 12
-    objective = Objective(window_loss=0.5)
-    torch.testing.assert_close(objective(SimpleNamespace(logits=logits, hidden_states=hidden), labels, 12), expected)
 
 
 class Imbalanced:

@@ -15,8 +15,9 @@ from torch import nn
 from command_line import parse_settings
 from main import main
 from models.reberta import RecurrentRoBERTa
-from tests.conftest import write_corpus
-from tests.test_train import FLAGS, assert_same, last_checkpoint, rows, weights, with_a_poisoned_word
+from tests.conftest import FLAGS, write_corpus
+from tests.engine.test_watch import with_a_poisoned_word
+from tests.test_train import assert_same, last_checkpoint, rows, weights
 from train import train
 from utils import ResourceError, TrainingError
 
