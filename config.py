@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 DEFAULT_ENCODER = "roberta-base"
-DEFAULT_TEST_PATH = ("data/validation",)
 
 Paths = Annotated[
     tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value), Field(min_length=1)
@@ -252,6 +251,11 @@ class Settings(
     RunOptions,
 ):
     """All options of a run, flat and frozen."""
+
+    @property
+    def test_files(self) -> tuple[str, ...]:
+        """`--test_path`, or its default where a mode does without."""
+        return self.test_path or ("data/validation",)
 
 
 GROUPS: tuple[Any, ...] = Settings.__bases__[::-1]  # in the order of --help

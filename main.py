@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from command_line import parse_settings
-from config import DEFAULT_TEST_PATH, Settings
+from config import Settings
 from processes import leave_processes, process_count, said_once, stop_at_once
 from utils import (
     ConfigError,
@@ -48,9 +48,10 @@ def dispatch(settings: Settings) -> None:
         predict_corpus(settings)
     elif settings.mode == "analyze":
         from data_utils.analysis import analyze_corpus
-        from train import find_tokenizer
+        from train import load_start, with_settings_of
 
-        analyze_corpus(settings, find_tokenizer)
+        model = load_start(settings)
+        analyze_corpus(with_settings_of(model, settings), model and model.tokenizer)
     elif settings.mode == "export":
         from models.export import export
 
@@ -60,11 +61,12 @@ def dispatch(settings: Settings) -> None:
         from train import train
         from train_by_steps import train_by_steps
 
-        test_path = settings.test_path or DEFAULT_TEST_PATH
         if settings.mode == "train_and_evaluate":
-            expand_paths(test_path)  # raises where there is none, which is better known before training
+            expand_paths(settings.test_files)  # raises where there is none, which is better known before a run begins
             if "train_path" in settings.model_fields_set and settings.test_path is None:
-                logger.warning("--test_path is not given: test documents are those of %s", ", ".join(test_path))
+                logger.warning(
+                    "--test_path is not given: test documents are those of %s", ", ".join(settings.test_files)
+                )
         elif settings.test_path is not None:
             logger.warning("--mode %s reads no --test_path; --mode evaluate does", settings.mode)
         trained = train(settings) if settings.total_steps is None else train_by_steps(settings)
@@ -77,7 +79,7 @@ def dispatch(settings: Settings) -> None:
             clean_gpu_memory()  # of the trainer and its optimizer
             of_best_model = {
                 "model_path": str(trained.best_model / "model.pt"),
-                "test_path": test_path,
+                "test_path": settings.test_files,
                 "output_dir": str(trained.run_folder / "evaluation"),
             }
             evaluate(settings.model_copy(update=of_best_model))

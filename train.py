@@ -27,7 +27,7 @@ from transformers import (
     set_seed,
 )
 
-from config import DEFAULT_ENCODER, DEFAULT_TEST_PATH, Settings
+from config import DEFAULT_ENCODER, Settings
 from contradictions import contradictions
 from data_utils.augmentation import Masking
 from data_utils.dataset import LongTextDataset, dataset_options, load_tokenizer
@@ -39,7 +39,7 @@ from engine.objective import Objective
 from engine.run_folder import RunFolder, open_run_folder
 from engine.trainer import Data, EngineCallback, MetricsCallback, ReBertaTrainer
 from files import writing_to
-from models.checkpoint import Saved, is_checkpoint, load_all, load_checkpoint_tokenizer
+from models.checkpoint import Saved, is_checkpoint, load_all
 from models.registry import READING, build_model, built_with, check_encoder, learned_settings, refuse_other_architecture
 from models.transformer import TransformerClassifier
 from presets import with_preset
@@ -164,8 +164,12 @@ def load_data(settings: Settings, run: RunFolder, start: Saved | None = None) ->
 
     The tokenizer is that of `start`, the saved model that training starts from, or of the encoder.
     """
+    paths = {"train": settings.train_path, "validation": settings.val_path}
+    if settings.mode == "train_and_evaluate":  # what is wrong with the test set is better known before training
+        paths["test"] = settings.test_files
     # looked for first: the tokenizer may have to be fetched
-    train_files, val_files = expand_paths(settings.train_path), expand_paths(settings.val_path)
+    files = {split: expand_paths(given) for split, given in paths.items()}
+    train_files = ", ".join(map(str, files["train"]))
     if start is None:
         tokenizer = load_tokenizer(settings.model_path or DEFAULT_ENCODER)
         check_encoder(settings)
@@ -182,27 +186,28 @@ def load_data(settings: Settings, run: RunFolder, start: Saved | None = None) ->
     )
     if settings.problem_type == "single_label" and len(train_set.label_names) < 2:
         raise DataFormatError(
-            f"{', '.join(map(str, train_files))}: all {len(train_set)} documents have the label "
+            f"{train_files}: all {len(train_set)} documents have the label "
             f"{train_set.label_names[0]!r}; two labels at least are needed; is --label_column {settings.label_column} "
             "the right one?"
         )
     if not train_set.label_names:
-        raise DataFormatError(f"{', '.join(map(str, train_files))}: no document has a label; one at least is needed")
+        raise DataFormatError(f"{train_files}: no document has a label; one at least is needed")
     logger.info("%d labels: %s", len(train_set.label_names), label_counts(train_set))
     options |= {"label_names": train_set.label_names}
     if "train_path" in settings.model_fields_set and "val_path" not in settings.model_fields_set:
         logger.warning("--val_path is not given: validation documents are those of %s", ", ".join(settings.val_path))
-    validation_set = LongTextDataset(settings.val_path, quarantine_path=run.quarantine("validation"), **options)
+    _, *held_out = paths
+    sets = {
+        split: LongTextDataset(paths[split], quarantine_path=run.quarantine(split), **options) for split in held_out
+    }
+    validation_set = sets["validation"]
     processes = PartialState().num_processes
-    for files, dataset in ((train_files, train_set), (val_files, validation_set)):
-        if len(dataset) < processes:  # else validation would find it out when an epoch is trained
+    for split, dataset in {"train": train_set, **sets}.items():
+        if len(dataset) < processes:  # else an evaluation would find it out when an epoch is trained
             what = f"{len(dataset)} documents cannot be shared by {processes} processes"
-            raise ConfigError(f"{', '.join(map(str, files))}: {what}; start fewer")
-    if settings.mode == "train_and_evaluate":  # what is wrong with the test set is better known before training
-        test_path = settings.test_path or DEFAULT_TEST_PATH
-        LongTextDataset(test_path, quarantine_path=run.quarantine("test"), **options)
+            raise ConfigError(f"{', '.join(map(str, files[split]))}: {what}; start fewer")
     if is_main_process():
-        run.record_data([*train_files, *val_files])
+        run.record_data([*files["train"], *files["validation"]])
     warn_of_overlap(validation_set, "validation", train_set.text_hashes)
     training_texts = train_set.text_hashes
     if start is not None and start.training_texts is not None:
@@ -217,15 +222,6 @@ def label_counts(dataset: LongTextDataset) -> str:
     counts = labels.sum(0) if labels.ndim == 2 else np.bincount(labels, minlength=len(names))
     shown = [f"{name} {count:,}" for name, count in zip(names[:MOST_LABELS], counts, strict=False)]
     return ", ".join(shown) + (", ..." if len(names) > MOST_LABELS else "")
-
-
-def find_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a saved model, or of an encoder.
-
-    Raises:
-        ModelError: there is none.
-    """
-    return load_checkpoint_tokenizer(source) if is_checkpoint(source) else load_tokenizer(source)
 
 
 def masking(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> Masking | None:

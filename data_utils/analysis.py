@@ -14,7 +14,7 @@ import json
 import os
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,12 +22,12 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from config import DEFAULT_ENCODER, DEFAULT_TEST_PATH, Settings
+from config import DEFAULT_ENCODER, Settings
 from data_utils.labels import label_order
 from data_utils.overlap import text_hash
 from data_utils.readers import OnBadLines, Paths, Quarantine, checked_records, expand_paths
 from data_utils.records import Columns, ProblemType, Record
-from data_utils.tokenization import tokenize
+from data_utils.tokenization import load_tokenizer, tokenize
 from data_utils.windows import capacity, check_window_options
 from files import made_up_folder, write_text
 from utils import logger, setup_logging
@@ -204,17 +204,18 @@ def _split_text(name: str, summary: Mapping[str, Any], report: Mapping[str, Any]
     return "\n".join(lines)
 
 
-def analyze_corpus(settings: Settings, find_tokenizer: Callable[[str], PreTrainedTokenizerBase]) -> dict[str, Any]:
+def analyze_corpus(settings: Settings, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
     """`--mode analyze`: the splits that were named, or, where none was, the default ones that are there.
 
-    Raises DataError as `analyze`, and whatever `find_tokenizer` does.
+    `tokenizer` is that of a saved model; without, it is that of the encoder.
+    Raises DataError as `analyze`, and ModelError for an encoder that cannot be found.
     """
     folder = Path(settings.output_dir) if settings.output_dir else made_up_folder("analyze")
     setup_logging(settings.log_level, folder / "analysis.log")
     paths = {
         "train": ("train_path", settings.train_path),
         "validation": ("val_path", settings.val_path),
-        "test": ("test_path", settings.test_path or DEFAULT_TEST_PATH),
+        "test": ("test_path", settings.test_files),
     }
     named = {split: files for split, (option, files) in paths.items() if option in settings.model_fields_set}
     present = {split: files for split, (_, files) in paths.items() if all(Path(file).exists() for file in files)}
@@ -223,7 +224,7 @@ def analyze_corpus(settings: Settings, find_tokenizer: Callable[[str], PreTraine
         expand_paths(files)  # looked for first: the tokenizer may have to be fetched
     report = analyze(
         splits,
-        find_tokenizer(settings.model_path or DEFAULT_ENCODER),
+        tokenizer or load_tokenizer(settings.model_path or DEFAULT_ENCODER),
         window_size=settings.window_size,
         window_overlap=settings.window_overlap,
         text_column=settings.text_column,

@@ -187,6 +187,13 @@ def test_analyze(project, command):
     }
 
 
+def test_a_corpus_is_analyzed_as_a_saved_model_cuts_it(project, command, trained):
+    done = command(project, f"--mode analyze --model_path {trained / 'model.pt'} --output_dir analysis-of-model")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((project / "analysis-of-model" / "analysis.json").read_text())
+    assert report["window_size"] == json.loads((trained / "settings.json").read_text())["window_size"] == 12
+
+
 def test_help(project, command):
     done = command(project, "--help")
     assert done.returncode == 0

@@ -183,6 +183,10 @@ def test_wrong_input_is_reported_once_and_before_training(project, run_two):
     for arguments, message in (
         ("--epochs 0", "--epochs 0: input should be greater"),
         ("--val_path one.jsonl --output_dir logs/single", "one.jsonl: 1 documents cannot be shared by 2 processes"),
+        (
+            "--mode train_and_evaluate --test_path one.jsonl --output_dir logs/single-test",
+            "one.jsonl: 1 documents cannot be shared by 2 processes",
+        ),
         ("--train_path nowhere.jsonl --output_dir logs/nowhere", "nowhere.jsonl"),
     ):
         code, console = run_two(project, f"--config tiny.yaml {arguments}")
