@@ -17,6 +17,7 @@ from command_line import parse_settings
 from data_utils.dataset import LongTextDataset, collate, load_tokenizer
 from engine.linear_probe import FOLDS, LEAST_DEVIATION, SPREAD, STRENGTHS, States, fit_classifiers
 from engine.objective import Objective
+from engine.trainer import clearly_lower
 from models.checkpoint import load_model_and_config
 from models.registry import build_model
 from tests.conftest import write_corpus
@@ -67,6 +68,7 @@ def read(model, path: str, labels: list[str], encoder: str):
 def test_the_start_is_a_logistic_regression_of_the_fresh_models_states(argv, encoder_folder, window_loss):
     """Chosen among the strengths by documents held out, in a cross-validation of the training set and in validation;
     a learning rate of nothing leaves it the best model."""
+    argv.append("--seed=7")
     trained, rows = started(argv, "run", "--probe_epochs=1", "--learning_rate=1e-12", f"--window_loss={window_loss}")
     settings = parse_settings(argv)
     best = load_model_and_config(trained.best_model).model
@@ -171,6 +173,13 @@ def test_by_log_loss_a_probe_must_be_beaten_by_more_than_a_standard_error(
     assert (best > 0) == beaten
     assert json.loads((trained.run_folder / "status.json").read_text())["best_step"] == best
     assert trained.best_metric == validated[best]
+
+
+@pytest.mark.parametrize(("gain", "is_clear"), [(0.19, False), (0.21, True)])
+def test_the_standard_error_is_that_of_the_mean_over_documents(gain, is_clear):
+    """Of 26 gains that deviate by 1 it is 0.2."""
+    deviations = torch.tensor([1.0, -1.0]).repeat(13) * (25 / 26) ** 0.5
+    assert clearly_lower(torch.zeros(26), gain + deviations) == is_clear
 
 
 def test_a_fitted_head_learns_at_the_encoders_rate(argv):
