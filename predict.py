@@ -26,7 +26,7 @@ from data_utils.cache import Preparation
 from data_utils.dataset import evaluation_loader
 from data_utils.parts import Parts
 from data_utils.predictions import FORMATS, Row
-from data_utils.readers import Quarantine, expand_paths
+from data_utils.readers import Quarantine, expand_paths, tell_of_others
 from data_utils.records import Columns
 from data_utils.stream import DocumentPart, documents_in_parts, one_ahead
 from data_utils.windows import Reading
@@ -65,6 +65,7 @@ def predict_corpus(settings: Settings) -> None:
     if output.parent.resolve() in {Path(path).resolve() for path in settings.input_path}:
         raise ConfigError(f"--output_path {output}: lies in the input's folder and would be read as input later on")
     files = expand_paths(settings.input_path, unlabelled=True)
+    tell_of_others(settings.input_path, files)
     reader = load_reader(settings, device_of(settings))
     preparation = Preparation(
         files=tuple(files),

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from config import DEFAULT_ENCODER, Settings
 from data_utils.labels import label_order
 from data_utils.overlap import text_hash
-from data_utils.readers import OnBadLines, Paths, Quarantine, checked_records, expand_paths
+from data_utils.readers import OnBadLines, Paths, Quarantine, checked_records, expand_paths, tell_of_others
 from data_utils.records import Columns, ProblemType, Record
 from data_utils.tokenization import load_tokenizer, tokenize
 from data_utils.windows import capacity, check_window_options
@@ -75,6 +75,8 @@ def analyze(
         _Split(name, expand_paths(paths), columns, problem_type, on_bad_lines == "skip")
         for name, paths in splits.items()
     ]
+    for part, paths in zip(parts, splits.values(), strict=True):
+        tell_of_others(paths, part.files)
     report: dict[str, Any] = {"window_size": window_size, "window_overlap": window_overlap, "splits": {}}
     token_counts, hashes = {}, {}
     for part in parts:

@@ -30,7 +30,7 @@ from config import Settings
 from data_utils.augmentation import Masking
 from data_utils.cache import DOCUMENTS, QUARANTINE, Preparation, prepare
 from data_utils.labels import distinct_labels, encode_labels, stratified_sample
-from data_utils.readers import OnBadLines, Paths, expand_paths
+from data_utils.readers import OnBadLines, Paths, expand_paths, tell_of_others
 from data_utils.records import Columns, ProblemType, check_text
 from data_utils.sampler import LongTextBatchSampler
 from data_utils.stream import DocumentPart
@@ -100,8 +100,10 @@ class LongTextDataset(Dataset[dict[str, Any]]):
             raise ConfigError(f"--sample_data {sample_data}: must be at least 1")
         self.tokenizer = load_tokenizer(model_name) if tokenizer is None else tokenizer
         self.augmentation = augmentation
+        files = tuple(expand_paths(file_paths))
+        tell_of_others(file_paths, files)
         self.preparation = Preparation(
-            files=tuple(expand_paths(file_paths)),
+            files=files,
             tokenizer=self.tokenizer,
             reading=Reading(window_size, window_overlap, max_windows, max_len, read),
             columns=Columns(text_column, label_column, require_labels),

@@ -28,7 +28,7 @@ from data_utils.records import ID_COLUMN, Columns, ProblemType, Record, RecordCh
 from files import nearest
 from utils import DataFormatError, DataLoadError, logger
 
-Paths = str | Path | Iterable[str | Path]
+Paths = str | Path | Sequence[str | Path]
 OnBadLines = Literal["error", "skip"]
 
 _BUFFER = 2**20  # with the usual 8 kB, finding the end of a long line takes a third of its reading
@@ -58,9 +58,8 @@ def expand_paths(paths: Paths, *, unlabelled: bool = False) -> list[Path]:
 
     Raises DataLoadError for a path that is missing, given twice or has another ending, and for a folder without data.
     """
-    given = [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
     files: list[Path] = []
-    for path in given:
+    for path in _given(paths):
         files += _folder_files(path, unlabelled) if path.is_dir() else [_data_file(path, unlabelled)]
     if not files:
         raise DataLoadError("no data file was given; name a .jsonl, .csv or .parquet file, or a folder of them")
@@ -70,6 +69,29 @@ def expand_paths(paths: Paths, *, unlabelled: bool = False) -> list[Path]:
             raise DataLoadError(f"{file}: given twice; name each file once")
         seen.add(file.resolve())
     return files
+
+
+def tell_of_others(paths: Paths, files: Sequence[Path]) -> None:
+    """Log what lies in the folders of `paths` and is not among `files`, since nobody would miss it in the results.
+
+    Such as x.json, x.jsonl.gz, or the folder of IMDB's texts that have no labels.
+    """
+    folders = {path for path in _given(paths) if path.is_dir()}
+    folders |= {file.parent for file in files if file.parent.parent in folders}  # of labels
+    read = {*files, *folders}
+    for folder in sorted(folders):
+        others = [path.name for path in _visible(folder) if path not in read]
+        if others:
+            more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
+            logger.info("%s: not read as data: %s%s", folder, ", ".join(others[:_SHOWN]), more)
+
+
+def _given(paths: Paths) -> list[Path]:
+    return [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def _data_file(file: Path, unlabelled: bool) -> Path:
@@ -82,7 +104,7 @@ def _data_file(file: Path, unlabelled: bool) -> Path:
 
 
 def _folder_files(folder: Path, unlabelled: bool) -> list[Path]:
-    visible = sorted(file for file in folder.iterdir() if not file.name.startswith("."))
+    visible = _visible(folder)
     files = [_data_file(file, unlabelled) for file in visible if file.suffix.lower() in _READERS]
     files = files or [text for label in visible if label.is_dir() for text in _texts(label, unlabelled)]
     if unlabelled:
@@ -92,28 +114,17 @@ def _folder_files(folder: Path, unlabelled: bool) -> list[Path]:
         raise DataLoadError(
             f"{folder}: the folder holds no {', '.join('*' + ending for ending in _READERS)} file, nor {texts}"
         )
-    _tell_of_others(folder, visible, {folder / _UNLABELLED, *files, *(file.parent for file in files)})
     return files
 
 
 def _texts(folder: Path, unlabelled: bool) -> list[Path]:
-    visible = sorted(folder.glob("[!.]*"))
+    if folder.name == _UNLABELLED and not unlabelled:
+        return []
+    visible = _visible(folder)
     texts = [file for file in visible if file.suffix.lower() == _TEXT]
     if texts and any(file.is_dir() for file in visible):
         raise DataLoadError(f"{folder}: holds folders beside its texts, so it is no label; name the folder itself")
-    if texts and folder.name == _UNLABELLED and not unlabelled:
-        logger.info("%s: %d texts without labels are left out", folder, len(texts))
-        return []
-    _tell_of_others(folder, visible, set(texts))
     return texts
-
-
-def _tell_of_others(folder: Path, visible: Sequence[Path], read: set[Path]) -> None:
-    """What lies beside the data may be data that nobody would miss in the results: x.json, x.jsonl.gz."""
-    others = [path.name for path in visible if path not in read]
-    if others:
-        more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
-        logger.info("%s: not read as data: %s%s", folder, ", ".join(others[:_SHOWN]), more)
 
 
 def read_records(

@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from data_utils.dataset import LongTextDataset
-from data_utils.readers import expand_paths, read_records
+from data_utils.readers import expand_paths, read_records, tell_of_others
 from data_utils.records import Record
 from tests.data_utils.conftest import write_jsonl
 from utils import DataFormatError, DataLoadError
@@ -38,17 +38,13 @@ def read(path, **options):
     return list(read_records(path, **options))
 
 
-def test_label_is_the_folder_and_id_the_path(train, caplog):
-    with caplog.at_level(logging.INFO, logger="reberta"):
-        records = read(train)
+def test_label_is_the_folder_and_id_the_path(train):
+    records = read(train)
     paths = [str(train / name) for name in ("neg/2_1.txt", "pos/0_7.txt", "pos/1_9.txt")]
     texts = ["Bad <3 and 2 < 3.", "Good.", "A great film.\n\nDon't miss it & stay."]
     assert records == [
         Record(text, label, path, f"{path}:1")
         for text, label, path in zip(texts, ("neg", "pos", "pos"), paths, strict=True)
-    ]
-    assert [message for message in caplog.messages if "unsup" in message] == [
-        f"{train / 'unsup'}: 2 texts without labels are left out"
     ]
 
 
@@ -119,9 +115,11 @@ def test_columns_of_other_names_and_no_labels(train):
 
 def test_data_files_go_before_folders_of_texts(train, caplog):
     write_jsonl(train / "x.jsonl", [{"text": "war", "label": "pos"}])
+    files = expand_paths(train)
+    assert [file.name for file in files] == ["x.jsonl"]
     with caplog.at_level(logging.INFO, logger="reberta"):
-        assert [file.name for file in expand_paths(train)] == ["x.jsonl"]
-    assert caplog.messages == [f"{train}: not read as data: labeledBow.feat, neg, pos, urls_pos.txt"]
+        tell_of_others(train, files)
+    assert caplog.messages == [f"{train}: not read as data: labeledBow.feat, neg, pos, unsup, urls_pos.txt"]
 
 
 def test_what_is_not_read_is_named(train, caplog):
@@ -131,13 +129,11 @@ def test_what_is_not_read_is_named(train, caplog):
     for number in range(6):
         (train / "neg" / f"{number}.text").touch()
     with caplog.at_level(logging.INFO, logger="reberta"):
-        expand_paths(train)
+        tell_of_others(str(train), expand_paths(train))
     assert caplog.messages == [
-        f"{train / 'mixed'}: not read as data: 0.html",
+        f"{train}: not read as data: labeledBow.feat, mixed, unsup, urls_pos.txt",
         f"{train / 'neg'}: not read as data: 0.text, 1.text, 2.text, 3.text, 4.text and 1 more",
         f"{train / 'pos'}: not read as data: notes.md",
-        f"{train / 'unsup'}: 2 texts without labels are left out",
-        f"{train}: not read as data: labeledBow.feat, mixed, urls_pos.txt",
     ]
 
 
