@@ -60,7 +60,7 @@ def load_encoder(
 
     Raises:
         OSError: the name or folder cannot be found (as transformers says it).
-        ValueError: it needs code of its own.
+        ValueError: it needs code of its own, or its weights are not all there.
     """
     if isinstance(encoder, PreTrainedConfig):
         config = copy.deepcopy(encoder)
@@ -68,6 +68,8 @@ def load_encoder(
         config = AutoConfig.from_pretrained(encoder, trust_remote_code=False)
     if layers is not None:
         config.num_hidden_layers = min(layers, config.num_hidden_layers)
+        if getattr(config, "layer_types", None):
+            config.layer_types = config.layer_types[: config.num_hidden_layers]
     for names, p in (HIDDEN_DROPOUT, dropout), (ATTENTION_DROPOUT, attention_dropout):
         for name in names:
             if hasattr(config, name):
@@ -77,7 +79,14 @@ def load_encoder(
     options["attn_implementation"] = ATTENTION if _class_of(config)._supports_sdpa else "eager"
     if pretrained and not isinstance(encoder, PreTrainedConfig):
         options |= {"use_safetensors": True, "trust_remote_code": False}
-        model = AutoModel.from_pretrained(encoder, config=config, dtype=torch.float32, **options)
+        model, found = AutoModel.from_pretrained(
+            encoder, config=config, dtype=torch.float32, output_loading_info=True, **options
+        )
+        if missing := sorted(name for name in found["missing_keys"] if not name.startswith("pooler.")):
+            raise ValueError(
+                f"{encoder}: its weights lack {missing[0]} and {len(missing) - 1} others of this architecture, which "
+                "would be random; give an encoder that was saved whole"
+            )
     else:
         model = AutoModel.from_config(config, dtype=torch.get_default_dtype(), **options)
     for name, module in list(model.named_modules()):

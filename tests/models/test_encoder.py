@@ -1,7 +1,11 @@
 """The encoder's fast paths against torch's own: lookups, dropout, attention in bf16, quantised layers."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, ModernBertConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -136,6 +140,19 @@ def test_bf16_with_repeats_of_gru_is_nearer_than_the_twin_in_bf16():
             errors[name] += relative(gradients(model), wanted) / 5
     assert errors["ours"] < errors["twin"]
     assert errors["ours"] < 6e-2
+
+
+def test_weights_that_lack_a_tensor_are_refused(encoder_folder, tmp_path):
+    """They would be random, and nothing but poor scores would tell."""
+    folder = Path(shutil.copytree(encoder_folder, tmp_path / "encoder"))
+    load_encoder(folder, 0.0, 0.0)
+    weights = load_file(folder / "model.safetensors")
+    of_one_layer = {name: value for name, value in weights.items() if "layer.1." not in name}
+    by_ddp = {f"module.{name}": value for name, value in weights.items()}
+    for saved, missing in (of_one_layer, "encoder.layer.1.*and 15 others"), (by_ddp, "embeddings.* and 36 others"):
+        save_file(saved, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=f"{folder}: its weights lack {missing}"):
+            load_encoder(folder, 0.0, 0.0)
 
 
 def test_bf16_where_padding_sees_nothing_in_local_attention():
