@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING
 
 from utils import ModelError
 
 PRETRAINED = Path(__file__).parent / "models" / "pretrained"
 RUN_STATUS = "status.json"
-MOST = {"num_hidden_layers": 1000, "num_labels": 100_000}
+MOST_LAYERS, MOST_LABELS = 1000, 100_000
 
 
 def find_encoder(name: str | Path) -> str:
@@ -44,10 +47,17 @@ def refuse_run_folder(folder: Path) -> None:
 
 def _check_config(path: Path) -> None:
     config = _read(path)
-    for key, most in MOST.items():
+    for key, most in (name_of_layer_count(config), MOST_LAYERS), ("num_labels", MOST_LABELS):
         value = config.get(key, 0)
         if not isinstance(value, int) or value > most:
             raise ModelError(f"{path}: refused, since its {key} is {value!r}; an encoder has {most:,} at most")
+
+
+def name_of_layer_count(config: dict[str, Any]) -> str:
+    """What its kind of model calls `num_hidden_layers`: `n_layers`, if it is DistilBERT's."""
+    kind = config.get("model_type")
+    names = CONFIG_MAPPING[kind].attribute_map if kind in CONFIG_MAPPING else {}
+    return names.get("num_hidden_layers", "num_hidden_layers")
 
 
 def _check_index(path: Path) -> None:

@@ -35,7 +35,7 @@ from transformers.initialization import no_init_weights
 from files import TEMPORARY, file_sha256, nearest, share_weights, writing_to
 from models.reberta import RecurrentRoBERTa
 from models.transformer import TransformerClassifier
-from pretrained import refuse_run_folder
+from pretrained import name_of_layer_count, refuse_run_folder
 from utils import ModelError, error_handler, validate_params
 
 FORMAT = 1
@@ -214,6 +214,10 @@ def _read_file(path: Path) -> dict[str, Any]:
     wrong = [name for name, kind in _PARTS.items() if not isinstance(content.get(name), kind)]
     if wrong:
         raise ModelError(f"{path}: is damaged: {', '.join(wrong)} missing or of another type")
+    tensors = [value for value in content["state_dict"].values() if isinstance(value, Tensor)]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    if size > path.stat().st_size:  # a tensor may repeat one number without end
+        raise ModelError(f"{path}: refused, since its weights would take {size:,} bytes, more than it holds")
     return content
 
 
@@ -305,8 +309,8 @@ def _build(config: dict[str, Any]) -> RecurrentRoBERTa | TransformerClassifier:
 
 def _check_sizes(config: dict[str, Any], state: dict[str, Tensor]) -> None:
     """Raises ValueError where a model of this configuration has other tensors, before memory is taken for them."""
-    counts = {"num_hidden_layers": len(state), "num_labels": len(state["classifier.bias"])}
     for part in (config, config.get("encoder_config", {})):
+        counts = {name_of_layer_count(part): len(state), "num_labels": len(state["classifier.bias"])}
         for name, most in counts.items():
             if part.get(name, 0) > most:
                 raise ValueError(f"{name} is {part[name]}, more than the weights are of")

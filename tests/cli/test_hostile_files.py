@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import DistilBertConfig
 
 from data_utils.cache import DOCUMENTS, MANIFEST
 from engine.run_checkpoints import fault
@@ -354,6 +355,13 @@ def test_sizes_beyond_measure(request, project, refused, data, form, size):
     path = folder / "model.pt" if form == "file" else folder
     paths = f"--model_path {path} --test_path {project}/data/validation"
     refused(f"--mode evaluate --output_dir out {paths}", 4, "its weights do not fit its configuration")
+
+
+def test_layers_beyond_measure_by_another_name(tmp_path, refused, data):
+    """DistilBERT's."""
+    folder = tmp_path / "encoder"
+    DistilBertConfig(n_layers=10**9).save_pretrained(folder)
+    refused(f"--mode train --output_dir out --model_path {folder} {data}", 4, "its n_layers is 1000000000; an encoder")
 
 
 DECISIONS = {

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, ModernBertConfig, PreTrainedTokenizerFast
 
 from data_utils.tokenization import load_tokenizer
 from models.checkpoint import (
@@ -24,7 +24,7 @@ from models.checkpoint import (
     save_checkpoint,
 )
 from models.reberta import RecurrentRoBERTa
-from tests.conftest import CLS, MODEL_CODE, PAD, SEP, word_tokenizer
+from tests.conftest import CLS, MODEL_CODE, PAD, SEP, SHAPE, word_tokenizer
 from tests.models.conftest import build, documents
 from utils import ModelError
 
@@ -140,6 +140,8 @@ def test_pipeline_from_elsewhere(folder, model, tokenizer, tmp_path):
         "import json, sys; from transformers import pipeline\n"
         "classify = pipeline('text-classification', model=sys.argv[1], trust_remote_code=True)\n"
         "print('RESULT', json.dumps(classify([sys.argv[2], 'w7 w8'], top_k=None)))\n"
+        "try: classify('w7', truncation=True)\n"
+        "except ValueError as error: print('REFUSED', error)\n"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ""}
     run = subprocess.run(
@@ -160,6 +162,7 @@ def test_pipeline_from_elsewhere(folder, model, tokenizer, tmp_path):
         dict(zip(LABELS, probabilities.tolist(), strict=True)), abs=1e-5
     )
     assert len(short) == 3
+    assert "REFUSED leave truncation out: a document is read whole, in up to max_windows windows" in run.stdout
 
 
 def test_is_checkpoint(folder, tmp_path):
@@ -221,6 +224,29 @@ def test_a_tokenizer_file_cannot_leave_its_folder(folder, tmp_path):
     torch.save(content, tmp_path / "escape.pt")
     with pytest.raises(ModelError, match="outside of its folder"):
         load_checkpoint_tokenizer(tmp_path / "escape.pt")
+
+
+def test_weights_that_repeat_one_number_are_refused(folder, tmp_path):
+    """A small file would take any amount of memory."""
+    content = torch.load(folder / "model.pt", weights_only=True)
+    [name] = [name for name in content["state_dict"] if name.endswith("word_embeddings.weight")]
+    content["state_dict"][name] = torch.zeros(1).expand(10**7, 32)
+    content["config"]["encoder_config"]["vocab_size"] = 10**7
+    torch.save(content, tmp_path / "wide.pt")
+    with pytest.raises(ModelError, match=r"wide\.pt: refused, since its weights would take 1,28\d,\d+,\d+ bytes, more"):
+        load_model_and_config(tmp_path / "wide.pt")
+
+
+def test_an_encoder_of_which_only_some_layers_are_used(tokenizer, tmp_path):
+    """ModernBERT's configuration lists them."""
+    config = ModernBertConfig(**{**SHAPE, "num_hidden_layers": 4}, pad_token_id=PAD, local_attention=8)
+    model = build(config, encoder_layers=2)
+    save_checkpoint(model, tokenizer, SETTINGS, tmp_path / "saved")
+    for loaded in (
+        *(load_model_and_config(tmp_path / "saved" / form).model for form in ("", "model.pt")),
+        RecurrentRoBERTa.from_pretrained(tmp_path / "saved").eval(),
+    ):
+        torch.testing.assert_close(_logits(loaded), _logits(model))
 
 
 def test_weights_of_another_shape_are_refused(folder, tmp_path):
