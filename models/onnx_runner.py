@@ -4,6 +4,7 @@ It needs numpy, onnxruntime and tokenizers, and stands in the exported folder as
 
   python runner.py FILE.txt [FILE.txt ...]          label, confidence and name of each file, tab-separated
 
+- a file is read as `--mode predict` reads a .txt: UTF-8, without HTML tags; what share was read, if not all, is said
 - `OnnxReBerta(folder)`: `predict`, texts to labels and calibrated probabilities; `logits`, the windows of one document
   to class scores as they are
 - window after window, padding left off: besides the tokens themselves a document costs one vector a window
@@ -14,7 +15,9 @@ Shapes: N windows, W tokens of a window, L tokens of the one at hand, D hidden s
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -25,6 +28,10 @@ import onnxruntime
 from tokenizers import Tokenizer
 
 Graph = Callable[..., list[np.ndarray]]
+
+# as in data_utils.readers
+_LINE_TAG = re.compile(r"</?(?:br|hr|p|div|li|tr|h[1-6]|blockquote)\b[^<>]*>", re.IGNORECASE)
+_TAG = re.compile(r"<[a-z/!][^<>]*>", re.IGNORECASE)
 
 
 class OnnxReBerta:
@@ -187,6 +194,12 @@ def cut_windows(
     return input_ids_NW, attention_mask_NW
 
 
+def read_text(file: str | Path) -> str:
+    """The document in a text file. Raises OSError, and ValueError for bytes that are not UTF-8."""
+    text = Path(file).read_bytes().decode("utf-8-sig")
+    return html.unescape(_TAG.sub("", _LINE_TAG.sub("\n", text)))
+
+
 def main(files: Sequence[str]) -> int:
     """Label each file with the model beside this file. Returns the exit code: 1 where a file could not be read."""
     if not files:
@@ -195,13 +208,15 @@ def main(files: Sequence[str]) -> int:
     model, code = OnnxReBerta(Path(__file__).parent), 0
     for file in files:
         try:
-            [result] = model.predict([Path(file).read_text(encoding="utf-8")])
+            [result] = model.predict([read_text(file)])
         except (OSError, ValueError) as error:
             print(f"error: {file}: {error}", file=sys.stderr)
             code = 1
             continue
         label = result["label"] if "label" in result else "|".join(result["labels"])
         print(f"{label}\t{result['confidence']:.4f}\t{file}")
+        if result["tokens_read"] < result["tokens"]:
+            print(f"{file}: {result['tokens_read']:,} of {result['tokens']:,} tokens were read", file=sys.stderr)
     return code
 
 

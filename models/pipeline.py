@@ -38,9 +38,13 @@ class ReBertaPipeline(TextClassificationPipeline):
     """
 
     def preprocess(self, inputs: str, **tokenizer_kwargs: Any) -> dict[str, Tensor]:
+        if tokenizer_kwargs:
+            raise ValueError(
+                f"leave {', '.join(tokenizer_kwargs)} out: a document is read whole, in up to max_windows windows"
+            )
         config, tokenizer = self.model.config, self.tokenizer
         plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        ids = tokenizer(inputs, **plain, **tokenizer_kwargs)["input_ids"]
+        ids = tokenizer(inputs, **plain)["input_ids"]
         content = config.window_size - 2
         step = content - config.window_overlap
         tokens = len(ids)

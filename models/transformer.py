@@ -36,6 +36,8 @@ class TransformerClassifier(PreTrainedModel):
 
     config_class = TransformerConfig
     main_input_name = "input_ids"
+    # all of it, when loaded with a dtype of 16 bits: it has no encoder
+    _keep_in_fp32_modules_strict = ("embeddings", "norm", "layers", "classifier")
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import DistilBertConfig
+from transformers import AlbertConfig, DistilBertConfig
 
 from models.registry import freeze_except_last
-from tests.conftest import VOCABULARY, WIDTH
+from tests.conftest import PAD, SHAPE, VOCABULARY, WIDTH
 from tests.models.conftest import build, documents
 from tests.models.twin import twin_logits
 from utils import ConfigError
@@ -142,3 +142,11 @@ def test_layers_of_an_encoder_of_another_shape_are_found():
     names = {name for name, parameter in model.encoder.named_parameters() if parameter.requires_grad}
     assert len(names) == 16
     assert all(name.startswith("transformer.layer.1.") for name in names)
+
+
+def test_layers_that_share_their_weights_are_frozen_together():
+    encoder = build(AlbertConfig(**SHAPE, embedding_size=8, pad_token_id=PAD)).encoder
+    with pytest.raises(ConfigError, match="--freeze_except_last 1: this encoder's layers share their weights"):
+        freeze_except_last(encoder, 1)
+    freeze_except_last(encoder, 0)
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())

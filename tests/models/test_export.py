@@ -15,6 +15,8 @@ from transformers import AlbertConfig, DistilBertConfig
 
 from calibration import predicted_labels, probabilities
 from data_utils.dataset import LongTextDataset
+from data_utils.readers import checked_records
+from data_utils.records import Columns
 from data_utils.windows import cut_windows
 from main import main
 from models import onnx_runner
@@ -172,6 +174,13 @@ def test_windows_are_cut_as_in_training(overlap):
             np.testing.assert_array_equal(ours, theirs, err_msg=f"{tokens} tokens")
 
 
+def test_a_text_file_is_read_as_in_prediction(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes("\ufeffTom &amp; Jerry<br />are <b>good</b>, 2 < 3 <!-- x -->\r\n<p>Ünd</p>".encode())
+    [record] = checked_records([file], Columns("text", None, needs_label=False), "single_label")
+    assert onnx_runner.read_text(file) == record.text == "Tom & Jerry\nare good, 2 < 3 \r\n\nÜnd\n"
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_command_line_and_a_machine_without_torch(tmp_path, monkeypatch, capsys):
     """Exported with one option of the checkpoint's way of reading changed, and run where torch cannot be imported."""
@@ -193,7 +202,11 @@ def test_command_line_and_a_machine_without_torch(tmp_path, monkeypatch, capsys)
     Path("empty.txt").write_text(" ")
     faulty = subprocess.run([*run, "none.txt", "empty.txt", "2.txt"], capture_output=True, text=True, env={})
     assert (faulty.returncode, faulty.stdout) == (1, done.stdout.splitlines(keepends=True)[2])
-    assert [line.split(": ")[1] for line in faulty.stderr.splitlines()] == ["none.txt", "empty.txt"]
+    assert [line.split(": ")[:2] for line in faulty.stderr.splitlines()] == [
+        ["error", "none.txt"],
+        ["error", "empty.txt"],
+        ["2.txt", "25 of 200 tokens were read"],
+    ]
     assert subprocess.run(run, capture_output=True, text=True, env={}).stderr == "usage: python runner.py FILE ...\n"
     model.config.update({"max_windows": 3, "max_len": 25})
     results = OnnxReBerta("served/onnx", threads=1).predict(TEXTS)

@@ -112,8 +112,9 @@ def test_saved_and_loaded(model, tmp_path, form):
     loaded = load_model_and_config(folder / form).model
     assert isinstance(loaded, TransformerClassifier)
     assert torch.equal(loaded(input_ids, mask).logits, model(input_ids, mask).logits)
-    by_transformers = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    assert torch.equal(by_transformers(input_ids, mask).logits, model(input_ids, mask).logits)
+    for dtype in (torch.float32, torch.bfloat16):  # in fp32 all the same, having no encoder
+        by_transformers = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype).eval()
+        assert torch.equal(by_transformers(input_ids, mask).logits, model(input_ids, mask).logits)
 
 
 def test_what_it_cannot_read_is_refused(model):
