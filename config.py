@@ -162,7 +162,7 @@ class TrainingOptions(Options):
         10.0,
         gt=0,
         description="learning rate of gates, aggregation and, without a probe, head, as a multiple of --learning_rate; "
-        "1 where a saved model is trained further on like data",
+        "1 for transformer, all of which is fresh, and best where a saved model is trained further on like data",
     )
     weight_decay: float = Field(0.01, ge=0, description="weight decay, not on biases and norms")
     gradient_accumulation_steps: int = Field(1, ge=1, description="batches an optimizer step")
@@ -220,7 +220,8 @@ class PrecisionOptions(Options):
     mixed_precision_type: Literal["fp16", "bf16"] = Field("bf16", description="which 16 bits")
     int8: bool = Field(
         False,
-        description="evaluate or predict with the encoder's linear layers in 8 bits (dynamic quantisation, CPU only)",
+        description="evaluate or predict with the encoder's linear layers in 8 bits, one document at a time "
+        "(dynamic quantisation, CPU only)",
     )
 
 

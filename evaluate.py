@@ -23,7 +23,7 @@ from files import made_up_folder
 from models.checkpoint import load_all
 from models.quantization import quantize_int8
 from models.reberta import RecurrentRoBERTa
-from models.registry import READING, learned_settings, refuse_other_architecture
+from models.registry import READING, WITHOUT, learned_settings, refuse_other_architecture
 from models.transformer import TransformerClassifier
 from processes import join_processes
 from utils import (
@@ -134,13 +134,15 @@ def load_reader(settings: Settings, device: torch.device) -> Reader:
         raise ConfigError("--int8 computes on a CPU only; give --device cpu with it")
     checkpoint, tokenizer, training_texts = load_all(settings.model_path)
     refuse_other_architecture(settings.model_path, checkpoint.model, settings)
-    written = checkpoint.settings
+    written = {**WITHOUT, **checkpoint.settings}
     for name in ("model_type", "problem_type"):
         if name in settings.model_fields_set and written[name] != getattr(settings, name):
             raise ConfigError(f"{settings.model_path} was trained with --{name} {written[name]}; leave it out")
     learned = learned_settings(written, settings, (*READING, "text_column", "label_column", "problem_type"))
     if settings.int8:
         learned["batch_size"] = 1  # in 8 bits, batch mates would share their scale
+        if "batch_size" in settings.model_fields_set:
+            logger.warning("--int8 reads one document at a time; --batch_size is not used")
     settings = settings.model_copy(update=learned)
     model = checkpoint.model
     model.config.update({name: getattr(settings, name) for name in READING})

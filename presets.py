@@ -34,7 +34,11 @@ FIXED: dict[str, dict[str, Any]] = {
         "window_loss": 0.0,
     },
 }
-DEFAULTS: dict[str, dict[str, Any]] = {"head": {"window_size": 512}, "head_tail": {"window_size": 512}}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "head": {"window_size": 512},
+    "head_tail": {"window_size": 512},
+    "transformer": {"fresh_lr_factor": 1.0},  # all of it is fresh: --learning_rate is what it says
+}
 TRAINING = ("train", "train_steps", "train_and_evaluate")
 
 

@@ -170,11 +170,8 @@ def load_data(settings: Settings, run: RunFolder, start: Saved | None = None) ->
     # looked for first: the tokenizer may have to be fetched
     files = {split: expand_paths(given) for split, given in paths.items()}
     train_files = ", ".join(map(str, files["train"]))
-    if start is None:
-        tokenizer = load_tokenizer(settings.model_path or DEFAULT_ENCODER)
-        check_encoder(settings)
-    else:
-        tokenizer = start.tokenizer
+    tokenizer = start.tokenizer if start else load_tokenizer(settings.model_path or DEFAULT_ENCODER)
+    check_encoder(settings, start and start.checkpoint.model)
     options = dataset_options(settings, tokenizer)
     train_set = LongTextDataset(
         settings.train_path,

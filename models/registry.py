@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,11 +20,12 @@ from pretrained import find_encoder
 from utils import ConfigError, ModelError, error_handler, logger
 
 ARCHITECTURE = (
-    *("num_repeats", "encoder_layers", "pooling", "carry", "alpha", "aggregation", "global_alpha"),
+    *("num_repeats", "encoder_layers", "pooling", "carry", "alpha", "gate_bias", "aggregation", "global_alpha"),
     "position_encoding",
 )
 READING = ("window_size", "window_overlap", "max_windows", "max_len", "read")
-BEHAVIOUR = ("dropout", "gate_bias", "memory_level", "window_loss")
+WITHOUT = {"read": "first", "model_type": "reberta"}  # what models are that were saved before there were these options
+BEHAVIOUR = ("dropout", "memory_level", "window_loss")
 
 
 def reberta_options(settings: Settings) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def learned_settings(written: Mapping[str, Any], settings: Settings, names: Iter
     Raises:
         ValueError: of pydantic, where they are none; anyone may have written them.
     """
-    written = {"read": "first", "model_type": "reberta", **written}  # models of before these options have none
+    written = {**WITHOUT, **written}
     learned = {name: written[name] for name in names if name not in settings.model_fields_set}
     return Settings(**learned).model_dump(include=set(learned))
 
@@ -78,13 +79,17 @@ def build_reberta(
     options["cls_token_id"] = tokenizer.cls_token_id
     if start is None:
         return RecurrentRoBERTa(encoder=settings.model_path or DEFAULT_ENCODER, **options)
+    model = RecurrentRoBERTa(encoder=_with_encoder(start, settings).config.encoder_config, **options)
+    _take_weights(model, start, settings)
+    return model
+
+
+def _with_encoder(start: PreTrainedModel, settings: Settings) -> RecurrentRoBERTa:
     if not isinstance(start, RecurrentRoBERTa):
         raise ConfigError(
             f"{settings.model_path} has no encoder: start from one, or go on with --model_type transformer"
         )
-    model = RecurrentRoBERTa(encoder=start.config.encoder_config, **options)
-    _take_weights(model, start, settings)
-    return model
+    return start
 
 
 def build_transformer(
@@ -117,14 +122,26 @@ def freeze_except_last(encoder: PreTrainedModel, layers: int) -> None:
     """Freeze an encoder but for its last layers; its embeddings are frozen too.
 
     Raises:
-        ConfigError: it has not so many layers.
+        ConfigError: as `last_layers`.
     """
-    stack = next(module for module in encoder.modules() if isinstance(module, nn.ModuleList))
-    if layers > len(stack):
-        raise ConfigError(f"--freeze_except_last {layers}: the encoder has {len(stack)} layers")
-    trained = {id(parameter) for layer in stack[len(stack) - layers :] for parameter in layer.parameters()}
+    trained = {id(parameter) for layer in last_layers(encoder, layers) for parameter in layer.parameters()}
     for parameter in encoder.parameters():
         parameter.requires_grad_(id(parameter) in trained)
+
+
+def last_layers(encoder: PreTrainedModel, layers: int) -> Sequence[nn.Module]:
+    """Its last layers.
+
+    Raises:
+        ConfigError: it has not so many, or its layers share their weights, as ALBERT's do.
+    """
+    stack = next(module for module in encoder.modules() if isinstance(module, nn.ModuleList))
+    there = encoder.config.num_hidden_layers
+    if layers > there:
+        raise ConfigError(f"--freeze_except_last {layers}: the encoder has {there} layers")
+    if layers and len(stack) < there:
+        raise ConfigError(f"--freeze_except_last {layers}: this encoder's layers share their weights; 0 freezes them")
+    return list(stack)[there - layers :]
 
 
 MODEL_TYPES: dict[str, Callable[..., RecurrentRoBERTa | TransformerClassifier]] = {
@@ -134,18 +151,22 @@ MODEL_TYPES: dict[str, Callable[..., RecurrentRoBERTa | TransformerClassifier]] 
 
 
 @error_handler(error_type=ModelError)
-def check_encoder(settings: Settings) -> None:
-    """Whether a fresh model can be built around the encoder, which is told from its configuration alone.
+def check_encoder(settings: Settings, start: PreTrainedModel | None) -> None:
+    """Whether a model can be built around the encoder, which is told from its configuration alone, or that of `start`.
 
     Raises:
         ModelError, ConfigError: as `build_model`, but before a corpus is read and cut for it.
     """
     if settings.model_type == "transformer":
         return
-    source = find_encoder(settings.model_path or DEFAULT_ENCODER)
-    with torch.device("meta"), no_init_weights():
-        encoder = load_encoder(source, 0.0, 0.0, pretrained=False, layers=settings.encoder_layers)
+    if start is None:
+        source = find_encoder(settings.model_path or DEFAULT_ENCODER)
+        with torch.device("meta"), no_init_weights():
+            encoder = load_encoder(source, 0.0, 0.0, pretrained=False, layers=settings.encoder_layers)
+    else:
+        encoder = _with_encoder(start, settings).encoder
     ReBertaConfig(**reberta_options(settings)).check(encoder)
+    last_layers(encoder, settings.freeze_except_last or 0)
 
 
 @error_handler(error_type=ModelError)

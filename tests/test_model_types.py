@@ -130,6 +130,7 @@ def test_a_transformer_is_refused_where_an_encoder_is_needed(train, capsys):
         "models/saved/run has no encoder",
     ):
         assert part in said
+    assert json.loads(Path("logs/run/settings.json").read_text())["fresh_lr_factor"] == 1
     for name, model_type in (("further", "--model_type transformer"), ("again", "")):
         train(f"{MANY} {model_type} {saved}", name)
         assert len(final(Path("logs") / name)) == len(final(Path("logs/run")))

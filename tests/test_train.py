@@ -81,6 +81,7 @@ def test_whoever_may_read_one_file_of_a_run_may_read_all(run):
     [
         ("--window_size 65", "window_size is 65; this encoder takes windows of 4 to 64 tokens"),
         ("--encoder_layers 3", "encoder_layers is 3; this encoder has 2 layers"),
+        ("--freeze_except_last 3", "--freeze_except_last 3: the encoder has 2 layers"),
     ],
 )
 def test_what_the_encoder_cannot_do_is_told_before_the_corpus_is_cut(run, flags, message):
@@ -337,7 +338,7 @@ def test_starting_from_a_checkpoint(run):
         run(f"--model_path {first.best_model} --carry residual", "third")
 
 
-@pytest.mark.parametrize("options", ["--carry residual --alpha 0.5", "--global_alpha 0.8"])
+@pytest.mark.parametrize("options", ["--carry residual --alpha 0.5", "--global_alpha 0.8", "--gate_bias 0.5"])
 def test_starting_from_a_checkpoint_keeps_its_fixed_weights(run, options):
     first = run(f"{options} --epochs 1", "first")
     second = run(f"--model_path {first.best_model} --learning_rate 1e-12 --epochs 1", "second")
@@ -345,7 +346,7 @@ def test_starting_from_a_checkpoint_keeps_its_fixed_weights(run, options):
     input_ids = torch.randint(5, 100, (2, 4, 12))
     logits = [model(input_ids, torch.ones_like(input_ids)).logits for model in models]
     torch.testing.assert_close(logits[1], logits[0], atol=1e-5, rtol=0)
-    with pytest.raises(ConfigError, match=r"was built with .*alpha"):
+    with pytest.raises(ConfigError, match=r"was built with --(alpha|global_alpha|gate_bias) 0\.[58]; leave"):
         run(f"--model_path {first.best_model} {options[:-3]}0.3", "third")
 
 

@@ -77,8 +77,9 @@ def test_evaluate_the_file_and_the_folder(project, trained, command):
 
 def test_evaluate_in_int8(project, trained, command):
     paths = f"--model_path {trained} --test_path data/validation --output_dir in8bits"
-    done = command(project, f"--mode evaluate {paths} --int8 --device cpu")
+    done = command(project, f"--mode evaluate {paths} --int8 --device cpu --batch_size 4")
     assert done.returncode == 0, done.stderr
+    assert "--int8 reads one document at a time; --batch_size is not used" in done.stderr
     loss = json.loads((project / "in8bits" / "metrics.json").read_text())["log_loss"]
     first = json.loads((project / "logs" / "first" / "evaluation" / "metrics.json").read_text())["log_loss"]
     assert 0 < abs(loss - first) < 0.1
