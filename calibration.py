@@ -73,6 +73,9 @@ def confidences(probabilities: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 def tune_thresholds(probabilities: np.ndarray, labels: np.ndarray) -> list[float]:
     """For each class the threshold with the best F1 on these documents (validation data); 0.5 for a class without any.
 
+    Any threshold from a score down to the next lower one is as good here; the middle is taken, since new documents
+    of the class may score a little lower.
+
     `probabilities` [n, C], `labels` [n, C] 0/1.
     """
     return [
@@ -84,7 +87,8 @@ def tune_thresholds(probabilities: np.ndarray, labels: np.ndarray) -> list[float
 def _best_threshold(scores: np.ndarray, truth: np.ndarray) -> float:
     precision, recall, thresholds = precision_recall_curve(truth, scores)
     f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
-    return float(thresholds[f1[:-1].argmax()])
+    best = int(f1[:-1].argmax())
+    return float(thresholds[max(best - 1, 0) : best + 1].mean())
 
 
 def log_losses(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:

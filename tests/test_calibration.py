@@ -46,6 +46,14 @@ def test_tuned_thresholds_are_the_best_of_all():
     assert all(type(threshold) is float for threshold in thresholds)
 
 
+def test_a_tuned_threshold_lies_between_two_scores():
+    """New documents of a class score a little lower than the weakest of these."""
+    truth = np.array([[1], [1], [0], [0]])
+    assert tune_thresholds(np.array([[0.9], [0.6], [0.3], [0.1]]), truth) == [pytest.approx(0.45)]
+    assert tune_thresholds(np.array([[0.9], [0.6], [0.7], [0.1]]), truth) == [pytest.approx(0.35)]
+    assert tune_thresholds(np.full((4, 1), 0.2), truth) == [0.2]
+
+
 def test_calibration_error_by_hand_and_by_definition():
     assert calibration_error(np.array([0.9, 0.9, 0.9, 1.0]), np.array([1, 1, 0, 1]), bins=2) == pytest.approx(0.7 / 4)
     rng = np.random.default_rng(0)
