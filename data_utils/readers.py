@@ -37,8 +37,11 @@ _PARQUET_ROWS = 64
 _SHOWN = 5
 _TEXT = ".txt"
 _UNLABELLED = "unsup"  # IMDB's name of the folder of texts without labels
-_LINE_TAG = re.compile(r"</?(?:br|hr|p|div|li|tr|h[1-6]|blockquote)\b[^<>]*>", re.IGNORECASE)
-_TAG = re.compile(r"<[a-z/!][^<>]*>", re.IGNORECASE)
+# a mail address or <stdio.h> is no tag
+_REST_OF_TAG = r"(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>"
+_LINE_TAG = re.compile(rf"</?(?:br|hr|p|div|li|tr|h[1-6]|blockquote){_REST_OF_TAG}", re.IGNORECASE)
+_TAG = re.compile(rf"</?[a-z][a-z0-9]*{_REST_OF_TAG}|<!--.*?-->|<!doctype[^<>]*>", re.IGNORECASE | re.DOTALL)
+_ENTITY = re.compile(r"&#?\w+;")
 
 
 class _Row(NamedTuple):
@@ -54,9 +57,10 @@ def expand_paths(paths: Paths, *, unlabelled: bool = False) -> list[Path]:
     """The data files that `paths` means, in order; a folder stands for its *.jsonl, *.csv and *.parquet, sorted.
 
     A folder without any stands for the *.txt of the folders in it, those of `unsup` left out. Where documents may be
-    `unlabelled` these count, too, and so do a folder's own *.txt, if there are no others, and a .txt file by itself.
+    `unlabelled` these count, too, and so do a folder's own *.txt, and a .txt file by itself.
 
-    Raises DataLoadError for a path that is missing, given twice or has another ending, and for a folder without data.
+    Raises DataLoadError for a path that is missing, given twice or has another ending, for a folder without data, and
+    for one whose texts lie both in it and in folders.
     """
     files: list[Path] = []
     for path in _given(paths):
@@ -106,9 +110,15 @@ def _data_file(file: Path, unlabelled: bool) -> Path:
 def _folder_files(folder: Path, unlabelled: bool) -> list[Path]:
     visible = _visible(folder)
     files = [_data_file(file, unlabelled) for file in visible if file.suffix.lower() in _READERS]
-    files = files or [text for label in visible if label.is_dir() for text in _texts(label, unlabelled)]
-    if unlabelled:
-        files = files or [file for file in visible if file.suffix.lower() == _TEXT]
+    if not files:
+        files = [text for label in visible if label.is_dir() for text in _texts(label, unlabelled)]
+        own = [file for file in visible if file.suffix.lower() == _TEXT] if unlabelled else []
+        if files and own:
+            raise DataLoadError(
+                f"{folder}: holds {len(own)} texts ({own[0].name}) beside folders of texts ({files[0].parent.name}); "
+                "name the files and folders that are meant"
+            )
+        files = files or own
     if not files:
         texts = "*.txt files" if unlabelled else "folders of *.txt files that are named after labels"
         raise DataLoadError(
@@ -359,7 +369,7 @@ def _read_text(file: Path, columns: Columns) -> Iterator[_Row]:
 
 def _without_html(text: str) -> str:
     """Line breaks for the tags that make one, nothing for other tags, characters for entities."""
-    return html.unescape(_TAG.sub("", _LINE_TAG.sub("\n", text)))
+    return _ENTITY.sub(lambda found: html.unescape(found[0]), _TAG.sub("", _LINE_TAG.sub("\n", text)))
 
 
 def _check_header(where: str, present: list[str], columns: Columns) -> None:

@@ -30,8 +30,10 @@ from tokenizers import Tokenizer
 Graph = Callable[..., list[np.ndarray]]
 
 # as in data_utils.readers
-_LINE_TAG = re.compile(r"</?(?:br|hr|p|div|li|tr|h[1-6]|blockquote)\b[^<>]*>", re.IGNORECASE)
-_TAG = re.compile(r"<[a-z/!][^<>]*>", re.IGNORECASE)
+_REST_OF_TAG = r"(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>"
+_LINE_TAG = re.compile(rf"</?(?:br|hr|p|div|li|tr|h[1-6]|blockquote){_REST_OF_TAG}", re.IGNORECASE)
+_TAG = re.compile(rf"</?[a-z][a-z0-9]*{_REST_OF_TAG}|<!--.*?-->|<!doctype[^<>]*>", re.IGNORECASE | re.DOTALL)
+_ENTITY = re.compile(r"&#?\w+;")
 
 
 class OnnxReBerta:
@@ -197,7 +199,7 @@ def cut_windows(
 def read_text(file: str | Path) -> str:
     """The document in a text file. Raises OSError, and ValueError for bytes that are not UTF-8."""
     text = Path(file).read_bytes().decode("utf-8-sig")
-    return html.unescape(_TAG.sub("", _LINE_TAG.sub("\n", text)))
+    return _ENTITY.sub(lambda found: html.unescape(found[0]), _TAG.sub("", _LINE_TAG.sub("\n", text)))
 
 
 def main(files: Sequence[str]) -> int:

@@ -48,7 +48,15 @@ def test_label_is_the_folder_and_id_the_path(train):
     ]
 
 
+def test_texts_beside_folders_of_texts_are_ambiguous_in_prediction(train):
+    with pytest.raises(
+        DataLoadError, match=r"train: holds 1 texts \(urls_pos.txt\) beside folders of texts \(neg\); name"
+    ):
+        expand_paths(train, unlabelled=True)
+
+
 def test_texts_without_labels_are_for_prediction(train):
+    (train / "urls_pos.txt").unlink()
     names = [str(path.relative_to(train)) for path in expand_paths(train, unlabelled=True)]
     assert names == ["neg/2_1.txt", "pos/0_7.txt", "pos/1_9.txt", "unsup/0_0.txt", "unsup/1_0.txt"]
 
@@ -68,6 +76,9 @@ def test_texts_that_are_to_be_predicted_need_no_folder_of_a_label(train):
         ("one<br>two<br/>three<BR />four<br\n/>five", "one\ntwo\nthree\nfour\nfive"),
         ("<p>one</p><p class='x'>two</p>three<hr>four", "\none\n\ntwo\nthree\nfour"),
         ("a <b>bold</b> <a href='http://x.org/?a=1&amp;b'>li</a>nk<!-- no word -->.", "a bold link."),
+        ("<input disabled=''><br class=x><img\nsrc='a.png' /><!DOCTYPE html>y<!-- a <b> -->", "\ny"),
+        ("John <john@doe.com>, #include <stdio.h>, <a and b>", "John <john@doe.com>, #include <stdio.h>, <a and b>"),
+        ("?a=1&copy=2 &copy; &amp;lt;", "?a=1&copy=2 © &lt;"),
         ("<brave> <pre>x</pre>", " x"),  # no tags that break a line, though they begin so
         ("&lt;b&gt; &quot;&eacute;&#233;&#xe9;&hellip; AT&T; &nosuch;", '<b> "ééé… AT&T; &nosuch;'),
         ("1 < 2 > 0, <3, <- and an <open end", "1 < 2 > 0, <3, <- and an <open end"),
