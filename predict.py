@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import sys
 import tempfile
@@ -36,7 +37,7 @@ from files import TEMPORARY
 from models.checkpoint import checkpoint_hash
 from models.registry import READING
 from processes import process_count, under_torchrun
-from utils import ConfigError, DataError, DataLoadError, error_handler, get_device, logger, make_folder
+from utils import ConfigError, DataError, DataLoadError, error_handler, get_device, logger
 
 PART_DOCUMENTS = 1000
 PART_CHARACTERS = 5_000_000  # what is lost by a kill stays small with long documents too
@@ -76,8 +77,7 @@ def predict_corpus(settings: Settings) -> None:
         skip_bad_lines=settings.on_bad_lines == "skip",
         words=False,
     )
-    make_folder(output.parent, "output_path")
-    parts = Parts(output, {**fingerprint(reader), **stamps(files)})
+    parts = Parts(output, {**fingerprint(reader), "the input": stamp(files)})
     finished = parts.is_finished()
     if not finished:
         parts.open()
@@ -120,13 +120,15 @@ def fingerprint(reader: Reader) -> dict[str, Any]:
     }
 
 
-def stamps(files: Sequence[Path]) -> dict[str, str]:
-    """Each input file's size and time of change."""
-    status = [(file, file.stat()) for file in files]
-    return {
-        f"input {number}": f"{file}, {stat.st_size} bytes, changed at {stat.st_mtime_ns} ns"
-        for number, (file, stat) in enumerate(status, 1)
-    }
+def stamp(files: Sequence[Path]) -> str:
+    """Tells whether the input is still the same: how many files of how many bytes, and a hash of their paths, sizes and
+    times of change."""
+    digest, size = hashlib.sha256(), 0
+    for file in files:
+        status = file.stat()
+        digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+        size += status.st_size
+    return f"{len(files):,} files, {size:,} bytes, {digest.hexdigest()}"
 
 
 @error_handler()
@@ -141,14 +143,16 @@ def predict_parts(
     records = preparation.records(quarantine)
     stream = documents_in_parts(records, preparation, PART_DOCUMENTS, PART_CHARACTERS, wanted)
     documents: list[int] = []
-    before = stamps(preparation.files)
+    before = stamp(preparation.files)
     start, predicted = time.monotonic(), 0
     bar = tqdm(desc="documents", unit=" documents", disable=None)
     with bar, contextlib.closing(one_ahead(stream)) as ahead:
         for number, (size, part) in enumerate(ahead):
             if part is not None:
+                if parts.output.exists():  # another shard found all parts there; it has removed them since
+                    break
                 rows, counts = predict_part(reader, part)
-                if stamps(preparation.files) != before:
+                if stamp(preparation.files) != before:
                     raise DataLoadError("an input file was changed while it was read; start again, with another output")
                 parts.write(number, rows, counts)
                 predicted += size

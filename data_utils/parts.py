@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock
 
 from files import TEMPORARY, atomic_path, file_sha256, write_text
-from utils import ConfigError, logger
+from utils import ConfigError, logger, make_folder
 
 FINGERPRINT = "fingerprint.json"
 LOCK = "lock"
@@ -59,9 +59,9 @@ class Parts:
         """Make the folder, or go on in it.
 
         Raises:
-            ConfigError: it holds parts of another making, or something else.
+            ConfigError: it cannot be made, or holds parts of another making, or something else.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder, "output_path")
         with self.lock:
             if self._is_begun():
                 return
@@ -120,6 +120,7 @@ class Parts:
                 digest.update(rows)
             file.flush()
             os.fsync(file.fileno())
+        self.quarantine.unlink(missing_ok=True)  # an earlier output's
         if quarantine is not None:
             os.replace(quarantine, self.quarantine)
         summary = {**counts, "sha256": digest.hexdigest(), "fingerprint": self.fingerprint}

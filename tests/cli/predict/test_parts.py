@@ -107,13 +107,13 @@ def test_a_missing_and_a_damaged_part_are_made_again(run, made):
         ("", "other", "the model was "),
         ("--max_windows 2", "model", "--max_windows was 4, is 2"),
         ("--mixed_precision", "model", "precision was fp32, is bf16"),
-        ("", "model", "input 1 was corpus.jsonl, "),
+        ("", "model", "the input was 1 files, "),
     ],
 )
 @pytest.mark.parametrize("state", ["parts", "finished"])
 def test_what_was_made_otherwise_is_refused(run, made, flags, model, named, state):
     assert run("--shard 1/2" if state == "parts" else "")[0] == 0
-    if named.startswith("input"):
+    if named.startswith("the input"):
         with Path("corpus.jsonl").open("a") as file:
             file.write('{"text": "w7"}\n')
     before = {path: path.read_bytes() for path in Path().glob("out.csv*/part*" if state == "parts" else "out.csv*")}
@@ -233,6 +233,23 @@ def test_another_process_finishes_first(run, monkeypatch):
     code, console = run()
     assert code == 0, console
     assert [Path("out.csv").stat()] == before
+    assert files() == {"corpus.jsonl", "out.csv", "out.csv.json"}
+
+
+def test_a_shard_that_lags_behind_an_output_makes_no_part(run, made, monkeypatch):
+    """Another shard has found all parts there and put them together while this one still read the input."""
+    predict_parts = predict.predict_parts
+
+    def after_another(*arguments):
+        monkeypatch.setattr(predict, "predict_parts", predict_parts)
+        assert run()[0] == 0
+        made.clear()
+        return predict_parts(*arguments)
+
+    monkeypatch.setattr(predict, "predict_parts", after_another)
+    code, console = run("--shard 1/2")
+    assert code == 0, console
+    assert made == []
     assert files() == {"corpus.jsonl", "out.csv", "out.csv.json"}
 
 

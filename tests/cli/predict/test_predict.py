@@ -66,6 +66,10 @@ def test_bad_lines(run, made):
     summary = json.loads(Path("out.csv.json").read_text())
     assert (summary["rows"], summary["documents"], summary["bad_lines"]) == (DOCUMENTS + 3, DOCUMENTS, 3)
     assert files() == {"corpus.jsonl", "out.csv", "out.csv.json", "out.csv.quarantine.jsonl"}
+    Path("corpus.jsonl").write_text("\n".join(lines) + "\n")
+    Path("out.csv").unlink()
+    assert run()[0] == 0
+    assert files() == {"corpus.jsonl", "out.csv", "out.csv.json"}
 
 
 def test_labels_are_not_looked_at(run):
@@ -122,7 +126,7 @@ def test_several_labels_a_document(run, models):
 
 
 def test_hostile_ids(run):
-    ids = ["=1+1", "@SUM(A1)", "-2", "+3", "\t=4", 'a"b,c\nd', "../../etc", "a\u2028b", "a\rb", "文"]
+    ids = ["=1+1", "@SUM(A1)", "-2-1", "+3+1", "\t=4", "-2", 'a"b,c\nd', "../../etc", "a\u2028b", "a\rb", "文"]
     Path("hostile.jsonl").write_text(
         "".join(json.dumps({"id": name, "text": f"w{10 + place}"}) + "\n" for place, name in enumerate(ids))
     )
