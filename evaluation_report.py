@@ -21,6 +21,7 @@ def format_report(metrics: Mapping[str, Any]) -> str:
         ("documents", f"{documents:,}"),
         ("accuracy", f"{metrics['accuracy']:.4f} ({correct:,} of {documents:,} documents)"),
         *((f"F1 {average}", f"{metrics[f'f1_{average}']:.4f}") for average in _averages(metrics)),
+        *_absent_classes(metrics),
         ("temperature", f"{metrics['temperature']:.4f}"),
         *(
             (fact, f"{metrics[name]:.4f} (uncalibrated {metrics[f'{name}_uncalibrated']:.4f})")
@@ -46,6 +47,13 @@ def format_report(metrics: Mapping[str, Any]) -> str:
         lines += [f"and {more:,} more, which metrics.json names"] if (more := len(failures) - MOST_NAMES) > 0 else []
         parts.append("\n".join(["windows that failed", "-------------------", *lines]))
     return "\n\n".join(parts) + "\n"
+
+
+def _absent_classes(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What macro averages suffer from in a small test set."""
+    absent = [row["label"] for row in metrics["per_class"] if not row["support"]]
+    fact = f"{len(absent)} of {len(metrics['per_class'])} have no document here, and count as 0 in macro averages"
+    return [("classes absent", fact)] if absent else []
 
 
 def _averages(metrics: Mapping[str, Any]) -> list[str]:

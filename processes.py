@@ -98,8 +98,11 @@ def leave_processes(exit_code: int) -> None:
 
 
 def said_once(error: E) -> E:
-    """The error that all joined processes have found together, so that process 0 alone reports it."""
-    if not is_main_process():
+    """The error that all joined processes have found together, so that process 0 alone reports it.
+
+    Those that are not joined, as in prediction, find their own.
+    """
+    if torch.distributed.is_initialized() and not is_main_process():
         error.level = logging.DEBUG
     return error
 

@@ -248,7 +248,12 @@ def setup_logging(level: str = "INFO", log_file: str | Path | None = None) -> lo
     who = "" if is_main_process() else f"process {os.environ['RANK']}: "
     if log_file is not None and is_main_process():
         make_folder(Path(log_file).parent, "output_dir")
-        handlers.append(_LogFile(log_file, encoding="utf-8"))
+        try:
+            handlers.append(_LogFile(log_file, encoding="utf-8"))
+        except OSError as error:
+            if error.errno in _DISK_FULL:
+                raise
+            raise ConfigError(f"--output_dir: {log_file} cannot be written ({error.strerror}); give another") from error
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
         handler.close()

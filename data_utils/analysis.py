@@ -81,6 +81,8 @@ def analyze(
     token_counts, hashes = {}, {}
     for part in parts:
         path = None if quarantine_dir is None else Path(quarantine_dir) / f"quarantine-{part.name}.jsonl"
+        if path is not None:
+            path.unlink(missing_ok=True)  # an earlier analysis's
         with Quarantine(path if part.skip_bad_lines else None) as quarantine:
             summary, token_counts[part.name], hashes[part.name] = _read_split(part, tokenizer, quarantine)
         lengths = token_counts[part.name]

@@ -9,12 +9,15 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run such a cell (OWASP, CSV injection)
+
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
 
 class Row(NamedTuple):
@@ -48,8 +51,8 @@ def label_cell(said: np.ndarray, label_names: Sequence[str]) -> str:
 
 
 def harmless(cell: str) -> str:
-    """`cell` such that no spreadsheet takes it for a formula."""
-    return f"'{cell}" if cell.startswith(FORMULA_STARTS) else cell
+    """`cell` such that no spreadsheet takes it for a formula; a number is none."""
+    return f"'{cell}" if cell.startswith(FORMULA_STARTS) and not _NUMBER.fullmatch(cell) else cell
 
 
 def _csv_head(label_names: Sequence[str]) -> str:

@@ -122,11 +122,11 @@ class RecordCheck:
 
     def _same_type(self, values: list[Any], source: str) -> None:
         for value in values:
-            if self._label_type is None:
-                self._label_type = (type(value), source)
-            expected, first = self._label_type
+            expected, first = self._label_type or (type(values[0]), source)
             if type(value) is not expected:
                 raise DataFormatError(f"label {value!r} is {kind_of(value)}, but {_KINDS[expected]} at {first}")
+        if values and self._label_type is None:
+            self._label_type = (type(values[0]), source)
 
     def _id(self, cells: dict[str, Any], made: str) -> str:
         value = cells.get(ID_COLUMN)
@@ -158,6 +158,7 @@ def check_text(value: Any, what: str = "text") -> str:
 
 
 def _csv_label_list(cell: str) -> Any:
+    cell = cell.strip()
     if not cell.startswith("["):
         return [name.strip() for name in cell.split("|")]
     try:

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import evaluation_utils
 from calibration import predicted_labels, probabilities
+from data_utils.predictions import harmless
 from evaluation_utils import check_share, classification_metrics, evaluate_model, metrics_by_length, predict
 from figure_text import display_width
 from utils import DataError, ModelError, ReBertaError, TrainingError
@@ -361,7 +362,12 @@ def test_calibrated_and_not(tmp_path, problem_type):
     assert sizes["calibrated"] > sizes["raw"]  # two curves, not one
 
 
-@pytest.mark.parametrize("cell", ["=1+1", "+1", "-1", "@SUM(A1)", "\tx", "\rx"])
+@pytest.mark.parametrize("number", ["-1", "+1", "-0.5", "12"])
+def test_a_number_is_no_formula(number):
+    assert harmless(number) == number
+
+
+@pytest.mark.parametrize("cell", ["=1+1", "+1+1", "-1-1", "-x", "@SUM(A1)", "\tx", "\rx"])
 def test_no_cell_is_a_formula(tmp_path, cell):
     dataset = Documents([0, 1])
     dataset.ids = [cell, "x"]

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import pytest
 import torch
 
-from processes import leave_processes
+from processes import leave_processes, said_once
+from utils import TrainingError
 
 
 class EndedAtOnce(Exception):
     pass
+
+
+@pytest.mark.parametrize(("joined", "level"), [(True, logging.DEBUG), (False, logging.ERROR)])
+def test_processes_that_are_not_joined_tell_of_their_own_errors(monkeypatch, joined, level):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: joined)
+    assert said_once(TrainingError("x")).level == level
 
 
 @pytest.mark.parametrize(("backend", "exit_code"), [("nccl", 0), ("gloo", 0), ("gloo", 5), ("nccl", 5), ("nccl", 143)])

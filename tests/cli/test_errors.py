@@ -75,9 +75,28 @@ def test_exit_code_and_message(project, fails, request, arguments, code, message
 def test_a_folder_that_cannot_be_made(trained, fails, arguments):
     code, console = fails(f"--config tiny.yaml {arguments.format(model=trained)}")
     assert code == 2, console
-    assert re.search("tiny.yaml(/run|/onnx)? cannot be made|tiny.yaml: is a file; give another folder", console)
+    assert re.search(
+        "tiny.yaml(/run|/onnx|/x.csv.parts)? cannot be made|tiny.yaml: is a file; give another folder", console
+    )
     assert console.count(" ERROR ") == 1
     assert "Traceback" not in console
+
+
+def test_a_log_that_cannot_be_written(trained, project, fails):
+    (project / "logs" / "taken" / "evaluation.log").mkdir(parents=True)
+    arguments = f"--mode evaluate --model_path {trained} --test_path data/validation --output_dir logs/taken"
+    code, console = fails(arguments)
+    assert code == 2
+    assert "--output_dir: logs/taken/evaluation.log cannot be written (Is a directory); give another" in console
+
+
+def test_a_class_without_a_document_shows_in_the_report(trained, project, fails):
+    lines = (project / "data" / "validation" / "validation.jsonl").read_text().splitlines()
+    (project / "early.jsonl").write_text("\n".join(line for line in lines if '"early"' in line))
+    evaluation = f"--config tiny.yaml --mode evaluate --model_path {trained} --output_dir logs/early"
+    assert fails(f"{evaluation} --test_path early.jsonl")[0] == 0
+    report = (project / "logs" / "early" / "evaluation_results.txt").read_text()
+    assert re.search("^classes absent +1 of 2 have no document here, and count as 0 in macro averages$", report, re.M)
 
 
 def test_an_error_is_said_whatever_the_log_level(fails):

@@ -315,6 +315,18 @@ def test_bad_lists_of_labels(tmp_path, label, message):
     assert message in fault(path, problem_type="multi_label")
 
 
+def test_a_refused_line_says_nothing_of_the_type_of_labels(tmp_path):
+    rows = [{"text": "war", "label": [1, "a"]}, {"text": "war", "label": ["a"]}, {"text": "war", "label": ["b"]}]
+    path = write_jsonl(tmp_path / "x.jsonl", rows)
+    kept = read_records(path, problem_type="multi_label", on_bad_lines="skip")
+    assert [record.label for record in kept] == [["a"], ["b"]]
+
+
+def test_blanks_around_a_list_of_labels_in_csv(tmp_path):
+    path = write_csv(tmp_path / "x.csv", [["war", ' ["a", "b"] '], ["war", " a | b "]])
+    assert [record.label for record in read_records(path, problem_type="multi_label")] == [["a", "b"], ["a", "b"]]
+
+
 def test_bad_lists_of_labels_in_csv(tmp_path):
     path = write_csv(tmp_path / "x.csv", [["war", "[a]"]])
     assert "label is a malformed JSON list" in fault(path, problem_type="multi_label")
