@@ -38,9 +38,10 @@ _SHOWN = 5
 _TEXT = ".txt"
 _UNLABELLED = "unsup"  # IMDB's name of the folder of texts without labels
 # a mail address or <stdio.h> is no tag
-_REST_OF_TAG = r"(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>"
+_REST_OF_TAG = r"(?:\s+[\w:-]+\s*=[^<>]*|\s*/?)>"
 _LINE_TAG = re.compile(rf"</?(?:br|hr|p|div|li|tr|h[1-6]|blockquote){_REST_OF_TAG}", re.IGNORECASE)
-_TAG = re.compile(rf"</?[a-z][a-z0-9]*{_REST_OF_TAG}|<!--.*?-->|<!doctype[^<>]*>", re.IGNORECASE | re.DOTALL)
+_COMMENT = r"<!--(?:(?!<!--).)*?-->"  # looked for up to the next one only, or many that do not end would take for ever
+_TAG = re.compile(rf"</?[a-z][a-z0-9]*{_REST_OF_TAG}|{_COMMENT}|<!doctype[^<>]*>", re.IGNORECASE | re.DOTALL)
 _ENTITY = re.compile(r"&#?\w+;")
 
 

@@ -30,9 +30,10 @@ from tokenizers import Tokenizer
 Graph = Callable[..., list[np.ndarray]]
 
 # as in data_utils.readers
-_REST_OF_TAG = r"(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>"
+_REST_OF_TAG = r"(?:\s+[\w:-]+\s*=[^<>]*|\s*/?)>"
 _LINE_TAG = re.compile(rf"</?(?:br|hr|p|div|li|tr|h[1-6]|blockquote){_REST_OF_TAG}", re.IGNORECASE)
-_TAG = re.compile(rf"</?[a-z][a-z0-9]*{_REST_OF_TAG}|<!--.*?-->|<!doctype[^<>]*>", re.IGNORECASE | re.DOTALL)
+_COMMENT = r"<!--(?:(?!<!--).)*?-->"  # looked for up to the next one only, or many that do not end would take for ever
+_TAG = re.compile(rf"</?[a-z][a-z0-9]*{_REST_OF_TAG}|{_COMMENT}|<!doctype[^<>]*>", re.IGNORECASE | re.DOTALL)
 _ENTITY = re.compile(r"&#?\w+;")
 
 

@@ -90,6 +90,14 @@ def test_html_is_removed(tmp_path, written, text):
     assert [record.text for record in read(tmp_path)] == [text]
 
 
+@pytest.mark.parametrize("written", ["<!--" * 500_000, "<a b=" + " " * 1_000_000, ("<a" + " b" * 1000) * 500])
+def test_tags_that_do_not_end_are_text(tmp_path, written):
+    """Looked for up to the end of the document each, or in all ways to share out blanks, they would take hours."""
+    (tmp_path / "pos").mkdir()
+    (tmp_path / "pos" / "0.txt").write_text(written + " x <!-- y -->", encoding="utf-8")
+    assert [record.text for record in read(tmp_path)] == [written + " x "]
+
+
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
