@@ -51,7 +51,9 @@ def dispatch(settings: Settings) -> None:
         from train import load_start, with_settings_of
 
         model = load_start(settings)
-        analyze_corpus(with_settings_of(model, settings), model and model.tokenizer)
+        settings, tokenizer = with_settings_of(model, settings), model and model.tokenizer
+        del model  # analysis has no use for its weights
+        analyze_corpus(settings, tokenizer)
     elif settings.mode == "export":
         from models.export import export
 

@@ -75,11 +75,10 @@ def analyze(
         _Split(name, expand_paths(paths), columns, problem_type, on_bad_lines == "skip")
         for name, paths in splits.items()
     ]
-    for part, paths in zip(parts, splits.values(), strict=True):
-        tell_of_others(paths, part.files)
     report: dict[str, Any] = {"window_size": window_size, "window_overlap": window_overlap, "splits": {}}
     token_counts, hashes = {}, {}
     for part in parts:
+        tell_of_others(splits[part.name], part.files)
         path = None if quarantine_dir is None else Path(quarantine_dir) / f"quarantine-{part.name}.jsonl"
         if path is not None:
             path.unlink(missing_ok=True)  # an earlier analysis's

@@ -121,12 +121,13 @@ class RecordCheck:
         return check_text(str(value), "label")
 
     def _same_type(self, values: list[Any], source: str) -> None:
+        if not values:
+            return
+        expected, first = self._label_type or (type(values[0]), source)
         for value in values:
-            expected, first = self._label_type or (type(values[0]), source)
             if type(value) is not expected:
                 raise DataFormatError(f"label {value!r} is {kind_of(value)}, but {_KINDS[expected]} at {first}")
-        if values and self._label_type is None:
-            self._label_type = (type(values[0]), source)
+        self._label_type = expected, first
 
     def _id(self, cells: dict[str, Any], made: str) -> str:
         value = cells.get(ID_COLUMN)
