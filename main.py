@@ -59,7 +59,7 @@ def dispatch(settings: Settings) -> None:
 
         export(settings)
     else:
-        from data_utils.readers import expand_paths
+        from data_utils.paths import expand_paths
         from train import train
         from train_by_steps import train_by_steps
 

@@ -26,8 +26,9 @@ from config import Settings
 from data_utils.cache import Preparation
 from data_utils.dataset import evaluation_loader
 from data_utils.parts import Parts
+from data_utils.paths import expand_paths, tell_of_others
 from data_utils.predictions import FORMATS, Row
-from data_utils.readers import Quarantine, expand_paths, tell_of_others
+from data_utils.readers import Quarantine
 from data_utils.records import Columns
 from data_utils.stream import DocumentPart, documents_in_parts, one_ahead
 from data_utils.windows import Reading

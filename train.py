@@ -32,7 +32,7 @@ from contradictions import contradictions
 from data_utils.augmentation import Masking
 from data_utils.dataset import LongTextDataset, dataset_options, load_tokenizer
 from data_utils.overlap import warn_of_overlap
-from data_utils.readers import expand_paths
+from data_utils.paths import expand_paths
 from engine.linear_probe import fit_head
 from engine.memory_plan import plan_memory
 from engine.objective import Objective

@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerBase
 from config import DEFAULT_ENCODER, Settings
 from data_utils.labels import label_order
 from data_utils.overlap import text_hash
-from data_utils.readers import OnBadLines, Paths, Quarantine, checked_records, expand_paths, tell_of_others
+from data_utils.paths import Paths, expand_paths, tell_of_others
+from data_utils.readers import OnBadLines, Quarantine, checked_records
 from data_utils.records import Columns, ProblemType, Record
 from data_utils.tokenization import load_tokenizer, tokenize
 from data_utils.windows import capacity, check_window_options

@@ -30,7 +30,8 @@ from config import Settings
 from data_utils.augmentation import Masking
 from data_utils.cache import DOCUMENTS, QUARANTINE, Preparation, prepare
 from data_utils.labels import distinct_labels, encode_labels, stratified_sample
-from data_utils.readers import OnBadLines, Paths, expand_paths, tell_of_others
+from data_utils.paths import Paths, expand_paths, tell_of_others
+from data_utils.readers import OnBadLines
 from data_utils.records import Columns, ProblemType, check_text
 from data_utils.sampler import LongTextBatchSampler
 from data_utils.stream import DocumentPart

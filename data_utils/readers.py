@@ -1,7 +1,6 @@
 """Files to records, checked line by line.
 
-- JSON Lines, CSV and Parquet, by their ending; a folder gives all of its files
-- a folder of folders of texts, as IMDB's: a .txt file is a document, the folder that it lies in its label
+- JSON Lines, CSV and Parquet, by their ending; a .txt file is a document, the folder that it lies in its label
 - streaming: one document at a time, however large the file
 - every fault names file and line: bytes that are not UTF-8, NUL, malformed or cut-off lines, duplicate keys, and what
   `records` finds in a row
@@ -24,19 +23,15 @@ from typing import Any, Literal, NamedTuple, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_utils.paths import CSV, JSONL, PARQUET, Paths, expand_paths
 from data_utils.records import ID_COLUMN, Columns, ProblemType, Record, RecordCheck, kind_of
-from files import nearest
 from utils import DataFormatError, DataLoadError, logger
 
-Paths = str | Path | Sequence[str | Path]
 OnBadLines = Literal["error", "skip"]
 
 _BUFFER = 2**20  # with the usual 8 kB, finding the end of a long line takes a third of its reading
 _CSV_FIELD_LIMIT = 2**28
 _PARQUET_ROWS = 64
-_SHOWN = 5
-_TEXT = ".txt"
-_UNLABELLED = "unsup"  # IMDB's name of the folder of texts without labels
 # a mail address or <stdio.h> is no tag
 _REST_OF_TAG = r"(?:\s+[\w:-]+\s*=[^<>]*|\s*/?)>"
 _LINE_TAG = re.compile(rf"</?(?:br|hr|p|div|li|tr|h[1-6]|blockquote){_REST_OF_TAG}", re.IGNORECASE)
@@ -52,90 +47,6 @@ class _Row(NamedTuple):
     raw: str
     cells: dict[str, Any]
     fault: str | None = None
-
-
-def expand_paths(paths: Paths, *, unlabelled: bool = False) -> list[Path]:
-    """The data files that `paths` means, in order; a folder stands for its *.jsonl, *.csv and *.parquet, sorted.
-
-    A folder without any stands for the *.txt of the folders in it, those of `unsup` left out. Where documents may be
-    `unlabelled` these count, too, and so do a folder's own *.txt, and a .txt file by itself.
-
-    Raises DataLoadError for a path that is missing, given twice or has another ending, for a folder without data, and
-    for one whose texts lie both in it and in folders.
-    """
-    files: list[Path] = []
-    for path in _given(paths):
-        files += _folder_files(path, unlabelled) if path.is_dir() else [_data_file(path, unlabelled)]
-    if not files:
-        raise DataLoadError("no data file was given; name a .jsonl, .csv or .parquet file, or a folder of them")
-    seen = set()
-    for file in files:
-        if file.resolve() in seen:
-            raise DataLoadError(f"{file}: given twice; name each file once")
-        seen.add(file.resolve())
-    return files
-
-
-def tell_of_others(paths: Paths, files: Sequence[Path]) -> None:
-    """Log what lies in the folders of `paths` and is not among `files`, since nobody would miss it in the results.
-
-    Such as x.json, x.jsonl.gz, or the folder of IMDB's texts that have no labels.
-    """
-    folders = {path for path in _given(paths) if path.is_dir()}
-    folders |= {file.parent for file in files if file.parent.parent in folders}  # of labels
-    read = {*files, *folders}
-    for folder in sorted(folders):
-        others = [path.name for path in _visible(folder) if path not in read]
-        if others:
-            more = f" and {len(others) - _SHOWN} more" if len(others) > _SHOWN else ""
-            logger.info("%s: not read as data: %s%s", folder, ", ".join(others[:_SHOWN]), more)
-
-
-def _given(paths: Paths) -> list[Path]:
-    return [Path(paths)] if isinstance(paths, (str, Path)) else [Path(path) for path in paths]
-
-
-def _visible(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-
-
-def _data_file(file: Path, unlabelled: bool) -> Path:
-    if not file.is_file():
-        raise DataLoadError(f"{file}: no such file{nearest(file) or '; check the path'}")
-    endings = [*_READERS, _TEXT] if unlabelled else [*_READERS]
-    if file.suffix.lower() not in endings:
-        raise DataLoadError(f"{file}: unknown ending '{file.suffix}'; data files end in {', '.join(endings)}")
-    return file
-
-
-def _folder_files(folder: Path, unlabelled: bool) -> list[Path]:
-    visible = _visible(folder)
-    files = [_data_file(file, unlabelled) for file in visible if file.suffix.lower() in _READERS]
-    if not files:
-        files = [text for label in visible if label.is_dir() for text in _texts(label, unlabelled)]
-        own = [file for file in visible if file.suffix.lower() == _TEXT] if unlabelled else []
-        if files and own:
-            raise DataLoadError(
-                f"{folder}: holds {len(own)} texts ({own[0].name}) beside folders of texts ({files[0].parent.name}); "
-                "name the files and folders that are meant"
-            )
-        files = files or own
-    if not files:
-        texts = "*.txt files" if unlabelled else "folders of *.txt files that are named after labels"
-        raise DataLoadError(
-            f"{folder}: the folder holds no {', '.join('*' + ending for ending in _READERS)} file, nor {texts}"
-        )
-    return files
-
-
-def _texts(folder: Path, unlabelled: bool) -> list[Path]:
-    if folder.name == _UNLABELLED and not unlabelled:
-        return []
-    visible = _visible(folder)
-    texts = [file for file in visible if file.suffix.lower() == _TEXT]
-    if texts and any(file.is_dir() for file in visible):
-        raise DataLoadError(f"{folder}: holds folders beside its texts, so it is no label; name the folder itself")
-    return texts
 
 
 def read_records(
@@ -180,7 +91,7 @@ def checked_records(
     documents = 0
     for file in files:
         name = file.name if names_differ else str(file)
-        typed = file.suffix.lower() != ".csv"
+        typed = file.suffix.lower() != CSV
         for row in _read_rows(file, columns):
             source = f"{file}:{row.place}"
             try:
@@ -389,9 +300,9 @@ def _check_header(where: str, present: list[str], columns: Columns) -> None:
 
 
 _READERS: dict[str, Callable[[Path, Columns], Iterator[_Row]]] = {
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-    ".parquet": _read_parquet,
+    JSONL: _read_jsonl,
+    CSV: _read_csv,
+    PARQUET: _read_parquet,
 }
 
 

@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_utils import records
-from data_utils.readers import expand_paths, read_records
+from data_utils.paths import expand_paths
+from data_utils.readers import read_records
 from data_utils.records import Record, check_text
 from tests.data_utils.conftest import write_csv, write_jsonl
 from utils import DataFormatError, DataLoadError

@@ -8,7 +8,8 @@ import logging
 import pytest
 
 from data_utils.dataset import LongTextDataset
-from data_utils.readers import expand_paths, read_records, tell_of_others
+from data_utils.paths import expand_paths, tell_of_others
+from data_utils.readers import read_records
 from data_utils.records import Record
 from tests.data_utils.conftest import write_jsonl
 from utils import DataFormatError, DataLoadError
