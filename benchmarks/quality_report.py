@@ -22,12 +22,13 @@ import numpy as np
 from benchmarks.quality_protocol import ABLATIONS, LEADERBOARD, LINEAR, MODELS, OURS, SYNTHETIC
 from benchmarks.quality_statistics import (
     Difference,
+    Pair,
     chosen_rate,
     counted,
+    differences,
+    hits_by_fold,
     paired_bootstrap,
-    paired_differences,
     rates_to_try,
-    right_by_fold,
     search,
     validation_loss,
 )
@@ -97,14 +98,17 @@ class Page:
         missing = "" if self.is_whole(key) else f" ({self.runs(key)})"
         return spread([row.get(name) for row in self.counted[key]]) + missing
 
-    def right(self, key: Key) -> dict[int, np.ndarray]:
-        return right_by_fold(self.counted.get(key, ()))
+    def hits(self, key: Key) -> dict[int, np.ndarray]:
+        return hits_by_fold(self.counted.get(key, ()))
 
-    def lead_over(self, model: str) -> dict[str, np.ndarray]:
-        """By corpus and document ReBerta's differences to a model, over the folds that both were tested on."""
-        ours, others = ([self.right(Key(LEADERBOARD, c, which)) for c in self.corpora] for which in (OURS, model))
-        found = dict(zip(self.corpora, map(paired_differences, ours, others), strict=True))
-        return {corpus: differences for corpus, differences in found.items() if len(differences)}
+    def beside(self, model: str) -> dict[str, list[Pair]]:
+        """By corpus what ReBerta and a model hit, fold by fold, where both were tested."""
+        found = {}
+        for corpus in self.corpora:
+            ours, others = (self.hits(Key(LEADERBOARD, corpus, which)) for which in (OURS, model))
+            if pairs := [(ours[fold], others[fold]) for fold in ours if fold in others]:
+                found[corpus] = pairs
+        return found
 
     def accuracy(self, key: Key) -> float:
         """Mean over the runs."""
@@ -143,10 +147,10 @@ def verdict(page: Page) -> list[str]:
     if ours is None:
         return []
     best = max(baselines, key=baselines.__getitem__)
-    differences = [*page.lead_over(best).values()]
-    found = paired_bootstrap(differences)
+    corpora = [*page.beside(best).values()]
+    found = paired_bootstrap(corpora)
     difference, interval, p = difference_cells(found)
-    reached = found.mean >= AIM and found.p < AIM_P and all(values.mean() >= 0 for values in differences)
+    reached = found.mean >= AIM and found.p < AIM_P and all(differences(pairs).mean() >= 0 for pairs in corpora)
     lines = [
         f"- Accuracy, the mean of {', '.join(page.corpora)}: **{OURS} {ours:.3f}; the best baseline, {best}, "
         f"{baselines[best]:.3f}**. The difference by documents is {difference} (95 % {interval}, p {p}).",
@@ -235,13 +239,13 @@ def against_each(page: Page) -> str:
     """Differences between ReBerta and each other model for the whole, and which baseline is the best."""
     corpora, lines = page.corpora, []
     for model in page.models:
-        found = page.lead_over(model)
+        found = page.beside(model)
         if model != OURS and found:
             whole = {c: all(page.is_whole(Key(LEADERBOARD, c, which)) for which in (OURS, model)) for c in corpora}
             each = [difference_text(found[c], whole[c]) if c in found else "" for c in corpora]
-            sure = [differences for corpus, differences in found.items() if whole[corpus]]
+            sure = [pairs for corpus, pairs in found.items() if whole[corpus]]
             cells = difference_cells(paired_bootstrap(sure)) if sure else [""] * 3
-            lines.append([model, *each, *cells, f"{sum(map(len, sure)):,}" if sure else ""])
+            lines.append([model, *each, *cells, f"{sum(len(differences(p)) for p in sure):,}" if sure else ""])
     if not lines:
         return ""
     header = [f"{OURS} less", *corpora, "mean", "95 %", "p", "documents"]
@@ -249,8 +253,9 @@ def against_each(page: Page) -> str:
     return "\n\n".join([f"## {OURS} against each model", table, *best_baselines(page)])
 
 
-def difference_text(differences: np.ndarray, is_whole: bool) -> str:
-    return f"{differences.mean():+.3f}" + ("" if is_whole else f" ({len(differences)} documents)")
+def difference_text(pairs: Sequence[Pair], is_whole: bool) -> str:
+    found = differences(pairs)
+    return f"{found.mean():+.3f}" + ("" if is_whole else f" ({len(found)} documents)")
 
 
 def difference_cells(found: Difference) -> list[str]:
@@ -286,11 +291,11 @@ def by_length(page: Page) -> str:
         ranges = [(low, high) for low, high in ranges if any(low <= n < high for n in chain(*tokens.values()))]
         lines = []
         for key in of_corpus(page, corpus):
-            right = page.right(key)
-            hits = np.concatenate([*right.values()])
-            sizes = np.concatenate([tokens[fold] for fold in right])
+            hits = page.hits(key)
+            right = np.concatenate([of_fold.mean(0) for of_fold in hits.values()])
+            sizes = np.concatenate([tokens[fold] for fold in hits])
             inside = [(sizes >= low) & (sizes < high) for low, high in ranges]
-            cells = [f"{hits[chosen].mean():.3f} ({chosen.sum()})" if chosen.any() else "" for chosen in inside]
+            cells = [f"{right[chosen].mean():.3f} ({chosen.sum()})" if chosen.any() else "" for chosen in inside]
             lines.append([key.model, *cells])
         parts.append(markdown_table([corpus, *map(range_text, ranges)], lines, left=1))
     said = ["## By length", "Accuracy by tokens of a document, and how many documents."]

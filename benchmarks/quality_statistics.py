@@ -1,19 +1,20 @@
 """Statistics of the leaderboard, from its rows alone.
 
 - which learning rate validation chose for a study, and the rows that count: those with it
-- documents of a corpus with the share of a model's seeds in which it is right
-- a paired bootstrap over documents of the mean over corpora of the difference between two models
+- which documents of a corpus a model is right on, seed by seed
+- a paired bootstrap, over seeds and documents, of the mean over corpora of the difference between two models
+
+Shapes: S, T seeds of two models, n documents, R resamples.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.stats import bootstrap
 
 from benchmarks.report_tables import Row
 
@@ -59,12 +60,21 @@ def counted(rows: Sequence[Row], rate: float | None) -> list[Row]:
     return sorted(select(rows, learning_rate=rate), key=lambda row: (row["fold"], row["seed"]))
 
 
-def right_by_fold(rows: Iterable[Row]) -> dict[int, np.ndarray]:
-    """For each fold the share of seeds in which each document [n] was right, in file order."""
+def hits_by_fold(rows: Iterable[Row]) -> dict[int, np.ndarray]:
+    """For each fold whether each document was right, in file order: [S, n]."""
     seeds: dict[int, list[list[int]]] = defaultdict(list)
     for row in rows:
         seeds[row["fold"]].append([int(hit) for hit in row["right"]])
-    return {fold: np.mean(hits, axis=0) for fold, hits in sorted(seeds.items())}
+    return {fold: np.array(hits) for fold, hits in sorted(seeds.items())}
+
+
+Pair = tuple[np.ndarray, np.ndarray]
+"""The hits of two models in a fold, [S, n] and [T, n]."""
+
+
+def differences(pairs: Iterable[Pair]) -> np.ndarray:
+    """By document: the share of the first model's seeds in which it is right, less the other's."""
+    return np.concatenate([ours.mean(0) - others.mean(0) for ours, others in pairs])
 
 
 class Difference(NamedTuple):
@@ -76,28 +86,27 @@ class Difference(NamedTuple):
     p: float
 
 
-def paired_bootstrap(differences: Sequence[np.ndarray], resamples: int = RESAMPLES, seed: int = 0) -> Difference:
-    """The mean over corpora of mean differences [n each]; documents are drawn anew within each corpus.
+def paired_bootstrap(corpora: Sequence[Sequence[Pair]], resamples: int = RESAMPLES, seed: int = 0) -> Difference:
+    """The mean over corpora of the mean difference over documents; each corpus is given by its folds.
 
-    p is twice the share of resamples on the other side of 0 (Efron and Tibshirani 1993, 15.4), the one that was
-    measured counted among them.
+    Each model's seeds are drawn anew within a fold, and the documents, the same for both models, within a corpus: a
+    bootstrap on two levels (Davison and Hinkley 1997, 3.8). With one seed it is that over documents. p is twice the
+    share of resamples on the other side of 0 (Efron and Tibshirani 1993, 15.4), the one that was measured counted among
+    them.
     """
-    result = bootstrap(
-        differences,
-        lambda *drawn, axis: np.mean([d.mean(axis) for d in drawn], axis=0),
-        n_resamples=resamples,
-        batch=500,
-        vectorized=True,
-        method="percentile",
-        rng=seed,
-    )
-    drawn = result.bootstrap_distribution
-    beyond = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
-    interval = result.confidence_interval
-    measured = float(np.mean([d.mean() for d in differences]))
-    return Difference(measured, float(interval.low), float(interval.high), min(1.0, 2 * (beyond + 1) / (resamples + 1)))
+    generator = np.random.default_rng(seed)
+    drawn_R = np.mean([_drawn(pairs, resamples, generator) for pairs in corpora], axis=0)
+    low, high = np.quantile(drawn_R, (0.025, 0.975))
+    beyond = min(int((drawn_R <= 0).sum()), int((drawn_R >= 0).sum()))
+    measured = float(np.mean([differences(pairs).mean() for pairs in corpora]))
+    return Difference(measured, float(low), float(high), min(1.0, 2 * (beyond + 1) / (resamples + 1)))
 
 
-def paired_differences(ours: Mapping[int, np.ndarray], other: Mapping[int, np.ndarray]) -> np.ndarray:
-    """By document, over the folds that both have; empty if there is none."""
-    return np.concatenate([np.zeros(0), *(ours[fold] - other[fold] for fold in ours if fold in other)])
+def _drawn(pairs: Sequence[Pair], resamples: int, generator: np.random.Generator) -> np.ndarray:
+    """The mean difference in each resample of a corpus, [R]."""
+
+    def weights(count: int) -> np.ndarray:
+        return generator.multinomial(count, np.full(count, 1 / count), size=resamples) / count
+
+    differences_Rn = np.hstack([weights(len(ours)) @ ours - weights(len(others)) @ others for ours, others in pairs])
+    return (weights(differences_Rn.shape[1]) * differences_Rn).sum(1)

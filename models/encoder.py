@@ -84,8 +84,8 @@ def load_encoder(
         )
         if missing := sorted(name for name in found["missing_keys"] if not name.startswith("pooler.")):
             raise ValueError(
-                f"{encoder}: its weights lack {len(missing)} of this architecture's tensors, such as {missing[0]}; give "
-                "an encoder that was saved whole, since these would be random"
+                f"{encoder}: its weights lack {len(missing)} of this architecture's tensors, such as {missing[0]}, "
+                "which would be random; give an encoder that was saved whole"
             )
     else:
         model = AutoModel.from_config(config, dtype=torch.get_default_dtype(), **options)

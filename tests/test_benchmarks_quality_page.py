@@ -10,55 +10,81 @@ import pytest
 from benchmarks import quality_report
 from benchmarks.quality_statistics import (
     chosen_rate,
+    differences,
+    hits_by_fold,
     paired_bootstrap,
-    paired_differences,
     rates_to_try,
-    right_by_fold,
 )
 from tests.test_benchmarks_quality import row
 
 
-def plain_bootstrap(differences: list[np.ndarray], resamples: int) -> tuple[float, float, float]:
+def plain_bootstrap(corpora, resamples: int) -> tuple[float, float, float]:
     """The same in a plain loop: quantiles and p."""
     draw = np.random.default_rng(1)
-    means = np.array([np.mean([draw.choice(d, len(d)).mean() for d in differences]) for _ in range(resamples)])
+
+    def resampled(pairs) -> float:
+        seeds = [tuple(hits[draw.integers(len(hits), size=len(hits))] for hits in pair) for pair in pairs]
+        by_document = [
+            [ours[:, n].mean() - others[:, n].mean() for n in range(ours.shape[1])] for ours, others in seeds
+        ]
+        flat = np.concatenate(by_document)
+        return draw.choice(flat, len(flat)).mean()
+
+    means = np.array([np.mean([resampled(pairs) for pairs in corpora]) for _ in range(resamples)])
     p = 2 * min((means <= 0).mean(), (means >= 0).mean())
     return (*np.quantile(means, (0.025, 0.975)), min(p, 1.0))
 
 
+def hits(seeds: int, documents: int, share: float) -> np.ndarray:
+    return np.random.default_rng(documents + seeds).random((seeds, documents)) < np.full((seeds, documents), share)
+
+
+def one_fold(by_document: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """A corpus in which the first model hits so many more, with one seed each."""
+    return [(np.array([by_document]), np.zeros((1, len(by_document))))]
+
+
 def test_bootstrap_equals_a_plain_loop():
-    draw = np.random.default_rng(0)
-    differences = [draw.choice([-1, 0, 1], n, p=[0.15, 0.6, 0.25]).astype(float) for n in (40, 90, 300)]
-    found = paired_bootstrap(differences)
-    low, high, p = plain_bootstrap(differences, 4000)
-    assert found.mean == pytest.approx(np.mean([d.sum() / len(d) for d in differences]))
-    assert (found.low, found.high) == pytest.approx((low, high), abs=0.01)
-    assert found.p == pytest.approx(p, abs=0.02)
-    assert 0.001 < found.p < 0.2
-    assert found == paired_bootstrap(differences)
-    mirrored = paired_bootstrap([-d for d in differences])
-    assert (mirrored.low, mirrored.high, mirrored.p) == pytest.approx((-found.high, -found.low, found.p))
+    folds = [(hits(1, n, 0.75), hits(1, n + 1, 0.65)[:, :n]) for n in (20, 35)]
+    corpora = [folds, [(hits(3, 60, 0.7), hits(2, 61, 0.6)[:, :60])]]
+    found = paired_bootstrap(corpora)
+    low, high, p = plain_bootstrap(corpora, 2000)
+    assert found.mean == pytest.approx(np.mean([differences(pairs).mean() for pairs in corpora]))
+    assert (found.low, found.high) == pytest.approx((low, high), abs=0.015)
+    assert found.p == pytest.approx(p, abs=0.03)
+    assert 0.001 < found.p < 0.5
+    assert found == paired_bootstrap(corpora)
+
+
+def test_seeds_that_differ_widen_the_interval():
+    """Of two models with the same documents right on average, the one whose seeds disagree is the less certain."""
+    others = np.zeros((2, 100))
+    alike = np.tile(np.arange(100) % 2, (2, 1))
+    apart = np.array([np.ones(100), np.zeros(100)])
+    assert differences([(alike, others)]).mean() == differences([(apart, others)]).mean() == 0.5
+    one, two = paired_bootstrap([[(alike, others)]]), paired_bootstrap([[(apart, others)]])
+    assert one.high - one.low < 0.25
+    assert (two.low, two.high) == (0, 1)
 
 
 def test_bootstrap_of_equal_models_and_of_one_that_is_always_better():
-    assert paired_bootstrap([np.zeros(50), np.zeros(10)]) == (0, 0, 0, 1)
-    better = paired_bootstrap([np.ones(50), np.ones(10)], resamples=999)
-    assert better == (1, 1, 1, 2 / 1000)
+    assert paired_bootstrap([one_fold([0] * 50), one_fold([0] * 10)]) == (0, 0, 0, 1)
+    better = paired_bootstrap([one_fold([1] * 50), one_fold([1] * 10)], resamples=999)
+    assert better == pytest.approx((1, 1, 1, 2 / 1000))
 
 
 def test_corpora_weigh_the_same_whatever_their_size():
-    found = paired_bootstrap([np.ones(10), np.zeros(1000)], resamples=99)
-    assert found[:3] == (0.5, 0.5, 0.5)
+    found = paired_bootstrap([one_fold([1] * 10), one_fold([0] * 1000)], resamples=99)
+    assert found[:3] == pytest.approx((0.5, 0.5, 0.5))
 
 
-def test_documents_are_paired_over_the_folds_that_both_have_and_averaged_over_seeds():
+def test_hits_stand_by_fold_and_seed_and_differences_are_of_means_over_seeds():
     rows = [row("110", seed=seed, fold=fold) for seed in (0, 1) for fold in (0, 1)]
-    ours = right_by_fold([*rows, row("000", seed=2)])
-    assert ours[0].tolist() == pytest.approx([2 / 3, 2 / 3, 0])
-    assert ours[1].tolist() == [1, 1, 0]
-    other = right_by_fold([row("011", fold=1), row("111", fold=2)])
-    assert paired_differences(ours, other).tolist() == [1, 0, -1]
-    assert paired_differences(ours, {3: np.ones(2)}).tolist() == []
+    ours = hits_by_fold([*rows, row("000", seed=2)])
+    assert ours[0].tolist() == [[1, 1, 0], [1, 1, 0], [0, 0, 0]]
+    assert ours[1].tolist() == [[1, 1, 0], [1, 1, 0]]
+    other = hits_by_fold([row("011", fold=0), row("011", fold=1)])
+    assert differences([(ours[fold], other[fold]) for fold in (0, 1)]) == pytest.approx([2 / 3, -1 / 3, -1, 1, 0, -1])
 
 
 def test_the_rate_is_chosen_by_validation_on_the_first_run_alone():
