@@ -134,7 +134,7 @@ def _parser(description: str | None, defaults: Mapping[str, Any]) -> argparse.Ar
         usage="%(prog)s [options]",
         description=description,
         allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     # before Python 3.14 it takes -1e-3 for an option
     parser._negative_number_matcher = re.compile(r"-\.?\d")
@@ -152,6 +152,16 @@ def _parser(description: str | None, defaults: Mapping[str, Any]) -> argparse.Ar
             help_text = _help(info, defaults.get(name, info.default))
             section.add_argument(f"--{name}", help=help_text, metavar=_metavar(info), **_arity(field, info))
     return parser
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows values as needed that argparse lets be missing, so that this is told with all other faults."""
+
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        shown = super()._format_args(action, default_metavar)
+        if action.const is MISSING:
+            return shown.strip("[]")
+        return f"{action.metavar} {shown}" if action.nargs == "*" else shown
 
 
 def _arity(annotation: str, info: FieldInfo) -> dict[str, Any]:

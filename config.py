@@ -70,8 +70,8 @@ class DataOptions(Options):
         examples=["1/4"],
         description="mode predict: do the I-th of N shares only, e.g. 1/4 (torchrun shares out by itself)",
     )
-    sample_data: int | None = Field(None, ge=1, description="take so many documents of each set, stratified by label")
-    batch_size: int = Field(8, ge=1, description="documents a batch and process")
+    sample_data: int | None = Field(None, ge=1, description="use so many documents of each set, stratified by label")
+    batch_size: int = Field(8, ge=1, description="documents per batch and process")
     max_windows_per_batch: int | None = Field(None, ge=1, description="cap on the windows of a batch, padding included")
     max_len: int | None = Field(None, ge=1, description="cap on a document's tokens before it is cut into windows")
     text_column: str = Field("text", description="name of the text's column or key")
@@ -98,7 +98,7 @@ class ModelOptions(Options):
     )
     window_size: int = Field(256, ge=4, description="tokens a window, [CLS] and [SEP] included")
     window_overlap: int = Field(0, ge=0, description="tokens that two neighbouring windows share")
-    num_repeats: int = Field(1, ge=1, description="times that the document is read")
+    num_repeats: int = Field(1, ge=1, description="how many times each document is read")
     max_windows: int = Field(16, ge=1, description="windows of a document that are read at most")
     read: Literal["first", "head_tail", "random"] = Field(
         "first",
@@ -169,9 +169,9 @@ class TrainingOptions(Options):
     early_stopping_patience: int | None = Field(None, ge=1, description="evaluations without gain before training ends")
     metric_for_best: Literal["accuracy", "f1_macro", "loss", "log_loss"] = Field(
         "accuracy",
-        description="the validation metric that chooses the best model; loss is that of training, of logits as they "
-        "are, log_loss that of probabilities at the temperature which is fitted to them, and must beat a probe's by "
-        "more than the standard error of the difference",
+        description="the validation metric that chooses the best model: loss is that of training, on logits as they "
+        "are; log_loss is measured at the fitted temperature, and must beat a probe's by more than the standard error "
+        "of the difference",
     )
     ema_decay: float | None = Field(
         None, gt=0, lt=1, description="keep a moving average of the weights, which is evaluated and saved"
@@ -182,8 +182,8 @@ class TrainingOptions(Options):
     probe_epochs: int = Field(
         0,
         ge=0,
-        description="before training, read the training set so often without training the encoder, and start from the "
-        "head that fits it best; pays where documents are few",
+        description="before training, read the training set so many times with the encoder as it is, and start from "
+        "the head that fits it best; pays where documents are few",
     )
     window_loss: float = Field(
         0.0,

@@ -173,4 +173,4 @@ def load_test_set(reader: Reader, folder: Path) -> LongTextDataset:
 if __name__ == "__main__":
     from main import main
 
-    sys.exit(main(mode="evaluate"))
+    sys.exit(main(description=__doc__, mode="evaluate"))

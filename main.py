@@ -94,13 +94,13 @@ def report(level: int, message: str, *arguments: object, traceback: bool = False
     logger.log(level, message, *arguments, exc_info=traceback or logger.isEnabledFor(logging.DEBUG))
 
 
-def main(argv: Sequence[str] | None = None, **defaults: Any) -> int:
-    """Parse, run, and turn an error into one message and an exit code."""
+def main(argv: Sequence[str] | None = None, description: str | None = __doc__, **defaults: Any) -> int:
+    """Parse, run, and turn an error into one message and an exit code; `--help` begins with the `description`."""
     setup_logging()
     before = signal.signal(signal.SIGTERM, stop_at_once)
     exit_code = 0
     try:
-        settings = parse_settings(argv, description=__doc__, **defaults)
+        settings = parse_settings(argv, description=description, **defaults)
         setup_logging(settings.log_level)
         quiet_libraries(settings.log_level)
         limit_gpu_memory(settings.gpu_memory_fraction)

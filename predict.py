@@ -238,4 +238,4 @@ def finish(reader: Reader, parts: Parts, documents: Sequence[int], bad_lines: in
 if __name__ == "__main__":
     from main import main
 
-    sys.exit(main(mode="predict"))
+    sys.exit(main(description=__doc__, mode="predict"))

@@ -11,5 +11,6 @@ import sys
 from main import main
 
 if __name__ == "__main__":
+    short = {"mode": "train", "epochs": 1, "sample_data": 32, "log_steps": 1, "resume": "never"}
     of_a_whole_run = dict.fromkeys(("total_steps", "eval_every", "num_warmup_steps", "output_dir"))
-    sys.exit(main(mode="train", epochs=1, sample_data=32, log_steps=1, resume="never", **of_a_whole_run))
+    sys.exit(main(description=__doc__, **short, **of_a_whole_run))

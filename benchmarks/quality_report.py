@@ -318,13 +318,13 @@ def details(page: Page) -> str:
         lines = []
         for key in of_corpus(page, corpus):
             rows = page.counted[key]
-            scores = ("f1_macro", "accuracy_long", "log_loss", "ece", "ece_uncalibrated")
+            scores = ("f1_macro", "log_loss", "ece", "ece_uncalibrated")
             cells = [page.runs(key), *(spread([row.get(name) for row in rows]) for name in scores)]
             cells += [", ".join(dict.fromkeys(map(rate_text, rows))), f"{mean(row['share_read'] for row in rows):.0%}"]
             cells += [f"{mean(row['seconds'] for row in rows) / 60:.1f}", number(rows[0].get("parameters", ""))]
             epochs = Counter(f"{row['best_epoch']:g}" for row in rows if "best_epoch" in row)
             lines.append([key.model, *cells, ", ".join(f"{epoch} ({n})" for epoch, n in sorted(epochs.items()))])
-        header = [corpus, "runs", "macro F1", "accuracy, long", "log loss", "ECE", "ECE, temperature 1"]
+        header = [corpus, "runs", "macro F1", "log loss", "ECE", "ECE, temperature 1"]
         header += ["learning rate", "tokens read", "minutes to train", "trained parameters", "best epoch (runs)"]
         parts.append(markdown_table(header, lines, left=1))
     return "\n\n".join(["## Details", *parts]) if parts else ""

@@ -40,7 +40,8 @@ class ReBertaPipeline(TextClassificationPipeline):
     def preprocess(self, inputs: str, **tokenizer_kwargs: Any) -> dict[str, Tensor]:
         if tokenizer_kwargs:
             raise ValueError(
-                f"leave {', '.join(tokenizer_kwargs)} out: a document is read whole, in up to max_windows windows"
+                f"leave {', '.join(tokenizer_kwargs)} out: a document is cut into windows here, and up to the model's "
+                "max_windows of them are read"
             )
         config, tokenizer = self.model.config, self.tokenizer
         plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}

@@ -6,7 +6,7 @@
 - the window states are aggregated by the same encoder, a small Transformer, attention, mean or max
 - `num_repeats`: the document is read again with what is then known of it
 - memory levels: activations are kept, or computed again in the backward pass
-- a window whose state is not finite is left out and reported, never skipped in silence
+- a window whose state is not finite is replaced by the one before it and reported, never skipped in silence
 
 A document's logits do not depend on its batch mates, on padding or on absent windows.
 

@@ -349,7 +349,7 @@ def test_aims_say_what_is_reached_and_what_a_miss_would_take():
         "speed-another-batch": content(ours, *peers, batch=1),
         "memory": {"rows": memory},
     }
-    title, table, sentence = report_aims.aims(contents)
+    title, _, table, sentence = report_aims.aims(contents)
     lines = table.splitlines()
     assert (title, len(lines), lines[0]) == (
         "## Aims",
@@ -367,8 +367,9 @@ def test_aims_say_what_is_reached_and_what_a_miss_would_take():
     assert sentence.endswith(
         "198 MB at 129,024 tokens. The aim, 1.3 times the 100 MB at 8,192 and 64 MiB, is 197 MB: **missed**."
     )
-    memory[1]["extra_mb"] = 197
-    assert report_aims.aims({"memory": {"rows": memory}})[1].endswith("is 197 MB: reached.")
+    for peak, said in (197, "reached, within the noise"), (190, "reached"):
+        memory[1]["extra_mb"] = peak
+        assert report_aims.aims({"memory": {"rows": memory}})[-1].endswith(f"is 197 MB: {said}.")
     assert report_aims.aims({"speed-another-batch": contents["speed-another-batch"]}) == []
 
 
