@@ -73,8 +73,8 @@ def confidences(probabilities: np.ndarray, predicted: np.ndarray) -> np.ndarray:
 def tune_thresholds(probabilities: np.ndarray, labels: np.ndarray) -> list[float]:
     """For each class the threshold with the best F1 on these documents (validation data); 0.5 for a class without any.
 
-    Any threshold from a score down to the next lower one is as good here; the middle is taken, since new documents
-    of the class may score a little lower.
+    Any threshold from a score down to the next lower one, or 0, is as good here; the middle is taken, since new
+    documents of the class may score a little lower.
 
     `probabilities` [n, C], `labels` [n, C] 0/1.
     """
@@ -88,16 +88,16 @@ def _best_threshold(scores: np.ndarray, truth: np.ndarray) -> float:
     precision, recall, thresholds = precision_recall_curve(truth, scores)
     f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
     best = int(f1[:-1].argmax())
-    return float(thresholds[max(best - 1, 0) : best + 1].mean())
+    return float(np.append(0.0, thresholds)[best : best + 2].mean())
 
 
 def log_losses(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """[n], of documents; with labels [n, C] the mean over classes."""
-    epsilon = np.finfo(float).eps
-    clipped = probabilities.clip(epsilon, 1 - epsilon)
+    """[n], of documents, for float64 probabilities; with labels [n, C] the mean over classes, of 36 at most for each,
+    since so near to 1 they are rounded to it."""
+    limits = np.finfo(float)
     if labels.ndim == 2:
-        return -np.where(labels.astype(bool), np.log(clipped), np.log(1 - clipped)).mean(-1)
-    return -np.log(clipped[np.arange(len(labels)), labels])
+        return -np.log(np.where(labels.astype(bool), probabilities, 1 - probabilities).clip(limits.eps)).mean(-1)
+    return -np.log(probabilities[np.arange(len(labels)), labels].clip(limits.tiny))
 
 
 def claims(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -41,7 +41,7 @@ def format_report(metrics: Mapping[str, Any]) -> str:
     parts = ["\n".join(f"{name:<{width}}  {fact}" for name, fact in facts), _class_table(metrics)]
     if by_length := metrics.get("by_length"):
         rows = [(_range(row), f"{row['documents']:,}", *_numbers(row, ("accuracy", "f1_macro"))) for row in by_length]
-        parts.append(_table([("tokens", "documents", "accuracy", "F1 macro"), *rows]))
+        parts.append(_table([("tokens", "documents", "accuracy", "F1 of classes present"), *rows]))
     if failures := metrics["window_failures"]:
         lines = [f"{failure['document']}, window {failure['window']}" for failure in failures[:MOST_NAMES]]
         lines += [f"and {more:,} more, which metrics.json names"] if (more := len(failures) - MOST_NAMES) > 0 else []

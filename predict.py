@@ -14,7 +14,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,14 +78,15 @@ def predict_corpus(settings: Settings) -> None:
         skip_bad_lines=settings.on_bad_lines == "skip",
         words=False,
     )
-    parts = Parts(output, {**fingerprint(reader), "the input": stamp(files)})
+    before = stamps(map(str, files))
+    parts = Parts(output, {**fingerprint(reader), "the input": summary(before)})
     finished = parts.is_finished()
     if not finished:
         parts.open()
         with tempfile.TemporaryDirectory(dir=parts.folder, prefix=TEMPORARY) as scratch:
             bad_lines = Path(scratch) / "quarantine.jsonl" if preparation.skip_bad_lines else None
             with Quarantine(bad_lines) as quarantine:
-                documents = predict_parts(reader, preparation, parts, share, quarantine)
+                documents = predict_parts(reader, preparation, before, parts, share, quarantine)
             finished = finish(reader, parts, documents, quarantine.count, bad_lines)
     if finished:
         parts.remove()
@@ -121,22 +122,43 @@ def fingerprint(reader: Reader) -> dict[str, Any]:
     }
 
 
-def stamp(files: Sequence[Path]) -> str:
-    """Tells whether the input is still the same: how many files of how many bytes, and a hash of their paths, sizes and
-    times of change."""
-    digest, size = hashlib.sha256(), 0
-    for file in files:
-        status = file.stat()
-        digest.update(f"{file}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-        size += status.st_size
-    return f"{len(files):,} files, {size:,} bytes, {digest.hexdigest()}"
+@error_handler()
+def stamps(files: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """Size and time of change of each file, which tell whether it is still the same.
+
+    Raises:
+        DataLoadError: one of them is gone.
+    """
+    try:
+        return {file: (status.st_size, status.st_mtime_ns) for file in files for status in [os.stat(file)]}
+    except OSError as error:
+        raise DataLoadError(
+            f"{error.filename}: {error.strerror}; the input must stay until all of it is read"
+        ) from error
+
+
+def summary(before: Mapping[str, tuple[int, int]]) -> str:
+    """How many files of how many bytes, and a hash of their paths, sizes and times of change."""
+    digest = hashlib.sha256()
+    for file, (size, changed) in before.items():
+        digest.update(f"{file}\0{size}\0{changed}\0".encode())
+    return f"{len(before):,} files, {sum(size for size, _ in before.values()):,} bytes, {digest.hexdigest()}"
 
 
 @error_handler()
 def predict_parts(
-    reader: Reader, preparation: Preparation, parts: Parts, share: Share, quarantine: Quarantine
+    reader: Reader,
+    preparation: Preparation,
+    before: Mapping[str, tuple[int, int]],
+    parts: Parts,
+    share: Share,
+    quarantine: Quarantine,
 ) -> list[int]:
-    """Write the parts of this share that are not there yet. Returns the number of documents of every part."""
+    """Write the parts of this share that are not there yet. Returns the number of documents of every part.
+
+    Raises:
+        DataLoadError: a file is no longer what its stamp in `before` says.
+    """
 
     def wanted(number: int) -> bool:
         return number % share.of == share.number and parts.counts(number) is None
@@ -144,7 +166,6 @@ def predict_parts(
     records = preparation.records(quarantine)
     stream = documents_in_parts(records, preparation, PART_DOCUMENTS, PART_CHARACTERS, wanted)
     documents: list[int] = []
-    before = stamp(preparation.files)
     start, predicted = time.monotonic(), 0
     bar = tqdm(desc="documents", unit=" documents", disable=None)
     with bar, contextlib.closing(one_ahead(stream)) as ahead:
@@ -153,8 +174,9 @@ def predict_parts(
                 if parts.output.exists():  # another shard found all parts there; it has removed them since
                     break
                 rows, counts = predict_part(reader, part)
-                if stamp(preparation.files) != before:
-                    raise DataLoadError("an input file was changed while it was read; start again, with another output")
+                for file, now in stamps(part.files).items():
+                    if now != before[file]:
+                        raise DataLoadError(f"{file}: was changed while it was read; start again, with another output")
                 parts.write(number, rows, counts)
                 predicted += size
                 speed = predicted / (time.monotonic() - start)

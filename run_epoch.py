@@ -7,10 +7,11 @@ Takes 32 documents of each set unless `--sample_data` says otherwise, and a fres
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from main import main
 
 if __name__ == "__main__":
-    short = {"mode": "train", "epochs": 1, "sample_data": 32, "log_steps": 1, "resume": "never"}
+    short: dict[str, Any] = {"mode": "train", "epochs": 1, "sample_data": 32, "log_steps": 1, "resume": "never"}
     of_a_whole_run = dict.fromkeys(("total_steps", "eval_every", "num_warmup_steps", "output_dir"))
     sys.exit(main(description=__doc__, **short, **of_a_whole_run))

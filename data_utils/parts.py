@@ -112,9 +112,9 @@ class Parts:
 
     def merge(self, parts: int, head: str, counts: Mapping[str, int], quarantine: Path | None) -> None:
         """Put parts 0 to `parts` - 1, all of which are there, below `head`; the output is moved into place last."""
-        merged = self.folder / f"{TEMPORARY}merged"
         digest = hashlib.sha256()
-        with merged.open("wb") as file:
+        merged = self.folder / "merged"
+        with atomic_path(merged) as temporary, temporary.open("wb") as file:
             for rows in chain([head.encode("utf-8")], (_split(self._path(number))[1] for number in range(parts))):
                 file.write(rows)
                 digest.update(rows)

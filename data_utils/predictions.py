@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")  # a spreadsheet would run such a cell (OWASP, CSV injection)
+MARK = "'"
 
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
@@ -51,8 +52,11 @@ def label_cell(said: np.ndarray, label_names: Sequence[str]) -> str:
 
 
 def harmless(cell: str) -> str:
-    """`cell` such that no spreadsheet takes it for a formula; a number is none."""
-    return f"'{cell}" if cell.startswith(FORMULA_STARTS) and not _NUMBER.fullmatch(cell) else cell
+    """`cell` with a MARK in front where a spreadsheet would take it for a formula; a number is none.
+
+    One that begins with a MARK gets another, so that different cells stay different.
+    """
+    return MARK + cell if cell.startswith((MARK, *FORMULA_STARTS)) and not _NUMBER.fullmatch(cell) else cell
 
 
 def _csv_head(label_names: Sequence[str]) -> str:

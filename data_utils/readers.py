@@ -246,7 +246,8 @@ def _csv_header(file: Path, reader: Iterator[list[str]], lines: _CsvLines, colum
 
 
 def _read_parquet(file: Path, columns: Columns) -> Iterator[_Row]:
-    with pq.ParquetFile(file) as parquet:
+    # as it comes, or a whole row group would be held in memory: often all of the file
+    with pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER) as parquet:
         present = parquet.schema_arrow.names
         _check_header(str(file), present, columns)
         named = dict.fromkeys((columns.text, columns.label, ID_COLUMN))

@@ -27,7 +27,7 @@ class DocumentPart(Dataset[dict[str, Any]]):
     """Documents in memory as content tokens; items are those of `LongTextDataset` without labels.
 
     Attributes, in the order of the items: `ids`, `token_counts` (content tokens of the whole document), `tokens_read`
-    (those in windows, each counted once), `window_counts`.
+    (those in windows, each counted once), `window_counts`; and `files`, those that they come from.
     """
 
     def __init__(self, records: Sequence[Record], preparation: Preparation) -> None:
@@ -36,6 +36,7 @@ class DocumentPart(Dataset[dict[str, Any]]):
         self._windows = reading.window_size, reading.window_overlap
         self._tokens: list[np.ndarray] = []
         self.ids = [record.id for record in records]
+        self.files = list(dict.fromkeys(record.source.rpartition(":")[0] for record in records))
         self.token_counts: list[int] = []
         for _, tokens in tokenize(self.tokenizer, ((None, record.text) for record in records)):
             self.token_counts.append(len(tokens.ids))

@@ -10,7 +10,9 @@ from .aggregation import AGGREGATIONS
 from .encoder import READS_PADDING, is_bert_shaped, max_window_size
 from .pipeline import CUSTOM_PIPELINES
 
-try:  # absent where transformers runs a copy of this file that it found beside saved weights
+try:  # transformers runs a copy of this file beside saved weights, and looks for all imports but those in a `try`
+    if __package__ != "models":
+        raise ImportError  # or somebody else's `utils` would be run there
     from utils import ConfigError
 except ImportError:
     ConfigError = ValueError  # type: ignore[misc, assignment]

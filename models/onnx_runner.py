@@ -68,8 +68,11 @@ class OnnxReBerta:
         `label` and its `confidence` (several labels: `labels`, and the probability of that set, taken as independent),
         `probabilities` by label, and `tokens` of the text with `tokens_read`, those that stood in windows.
 
-        Raises ValueError for an empty text and as `logits`.
+        Raises ValueError for a text that is empty, holds NUL or a lone surrogate, and as `logits`; TypeError for a lone
+        string in place of several.
         """
+        if isinstance(texts, str):
+            raise TypeError("texts are wanted, a list of them, not a single one")
         return [self._predict(text) for text in texts]
 
     def logits(self, input_ids_NW: np.ndarray, attention_mask_NW: np.ndarray) -> np.ndarray:
@@ -134,8 +137,9 @@ class OnnxReBerta:
         return output_1D
 
     def _predict(self, text: str) -> dict[str, Any]:
-        if not text.strip():
-            raise ValueError("the text is empty")
+        if not text.strip() or "\0" in text:
+            raise ValueError("the text holds a NUL character" if "\0" in text else "the text is empty")
+        text.encode("utf-8")  # a lone surrogate is a ValueError here, and a TypeError in the tokenizer
         config = self.config
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         special = config["cls_token_id"], config["sep_token_id"], config["pad_token_id"]

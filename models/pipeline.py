@@ -34,7 +34,10 @@ def _what_is_read(ids: list[int], room: int, read: str, content: int) -> list[in
 class ReBertaPipeline(TextClassificationPipeline):
     """`pipeline("text-classification", model=DIR, trust_remote_code=True)` reads up to `max_windows` windows.
 
-    Its scores are calibrated, also with `function_to_apply="none"`, which gives logits over the temperature.
+    Its scores are calibrated, also with `function_to_apply="none"`, which gives logits over the temperature. Of several
+    labels it says the likeliest, as transformers does; `top_k=None` gives all scores, for `config.thresholds`.
+
+    Raises ValueError for a text that is empty, holds NUL or a lone surrogate, and for one of which nothing can be read.
     """
 
     def preprocess(self, inputs: str, **tokenizer_kwargs: Any) -> dict[str, Tensor]:
@@ -43,6 +46,9 @@ class ReBertaPipeline(TextClassificationPipeline):
                 f"leave {', '.join(tokenizer_kwargs)} out: a document is cut into windows here, and up to the model's "
                 "max_windows of them are read"
             )
+        if not inputs.strip() or "\0" in inputs:
+            raise ValueError("the text holds a NUL character" if "\0" in inputs else "the text is empty")
+        inputs.encode("utf-8")  # a lone surrogate is a ValueError here, and anything in the tokenizer
         config, tokenizer = self.model.config, self.tokenizer
         plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         ids = tokenizer(inputs, **plain)["input_ids"]
@@ -66,4 +72,11 @@ class ReBertaPipeline(TextClassificationPipeline):
         return {name: padded[name].unsqueeze(0) for name in ("input_ids", "attention_mask")}
 
     def _forward(self, model_inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"logits": self.model(**model_inputs).logits / self.model.config.calibration_temperature}
+        logits, hidden_states = self.model(**model_inputs)
+        if not logits.isfinite().all():
+            raise ValueError("nothing of the document could be read: no window's state is finite")
+        for _, window in hidden_states.window_failures.nonzero().tolist():
+            logger.warning(
+                "window %d of a document failed: its state is not finite, the one before stands for it", window
+            )
+        return {"logits": logits / self.model.config.calibration_temperature}

@@ -55,7 +55,9 @@ from .encoder import (
 from .linear import cast_weights, using
 from .output import INITIALIZER_RANGE, HiddenStates, ReBertaOutput
 
-try:  # absent where transformers runs a copy of this file that it found beside saved weights
+try:  # as in `configuration`
+    if __package__ != "models":
+        raise ImportError
     from pretrained import find_encoder
     from utils import ConfigError
 except ImportError:

@@ -17,6 +17,7 @@ from calibration import (
     probabilities,
     tune_thresholds,
 )
+from calibration import log_losses as reported
 
 
 def test_probabilities_and_labels():
@@ -51,7 +52,7 @@ def test_a_tuned_threshold_lies_between_two_scores():
     truth = np.array([[1], [1], [0], [0]])
     assert tune_thresholds(np.array([[0.9], [0.6], [0.3], [0.1]]), truth) == [pytest.approx(0.45)]
     assert tune_thresholds(np.array([[0.9], [0.6], [0.7], [0.1]]), truth) == [pytest.approx(0.35)]
-    assert tune_thresholds(np.full((4, 1), 0.2), truth) == [0.2]
+    assert tune_thresholds(np.full((4, 1), 0.2), truth) == [pytest.approx(0.1)]  # below all of them, too
 
 
 def test_calibration_error_by_hand_and_by_definition():
@@ -95,6 +96,17 @@ def log_losses(logits, labels, temperature):
     if labels.ndim == 2:
         return np.logaddexp(0, np.where(labels == 1, -1.0, 1.0) * logits / temperature).ravel()
     return -np.log(softmax(logits.astype(np.float64) / temperature, axis=1)[np.arange(len(labels)), labels])
+
+
+def test_a_model_that_is_too_sure_of_itself_pays_for_it():
+    """The log loss that is reported is the one that the temperature lowers, however small a probability."""
+    logits = np.array([[8.0, 0.0]] * 99 + [[150.0, 0.0]], dtype=np.float32)
+    labels = np.array([0] * 99 + [1])
+    temperature = fit_temperature(logits, labels)
+    before, after = (reported(probabilities(logits, temperature=t), labels).mean() for t in (1.0, temperature))
+    assert before == pytest.approx(log_losses(logits, labels, 1.0).mean())
+    assert after == pytest.approx(log_losses(logits, labels, temperature).mean())
+    assert after < before
 
 
 PROBLEMS = pytest.mark.parametrize("problem_type", ["single_label", "multi_label"])

@@ -196,7 +196,7 @@ def test_metrics_by_hand():
 
 def test_log_loss_is_that_of_scikit_learn():
     labels, logits = sample(200)
-    scores = probabilities(logits * 40)
+    scores = probabilities(logits * 10)
     metrics = classification_metrics(labels, scores, NAMES)
     assert metrics["log_loss"] == pytest.approx(sklearn.metrics.log_loss(labels, scores, labels=range(3)))
 
@@ -365,6 +365,12 @@ def test_calibrated_and_not(tmp_path, problem_type):
 @pytest.mark.parametrize("number", ["-1", "+1", "-0.5", "12"])
 def test_a_number_is_no_formula(number):
     assert harmless(number) == number
+
+
+def test_different_cells_stay_different():
+    cells = ["@x", "'@x", "''@x", "x", "'x", "-1", "'-1"]
+    assert len(set(map(harmless, cells))) == len(cells)
+    assert harmless("it's") == "it's"
 
 
 @pytest.mark.parametrize("cell", ["=1+1", "+1+1", "-1-1", "-x", "@SUM(A1)", "\tx", "\rx"])

@@ -1,4 +1,4 @@
-"""A document of 10 MB takes a small multiple of its size in memory."""
+"""A document of 10 MB takes a small multiple of its size in memory, and a Parquet file less than its size."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.data_utils.conftest import random_text, write_jsonl
@@ -50,3 +52,24 @@ def test_ten_megabytes(tmp_path, tokenizer_folders, how):
     assert int(windows) == 16
     assert large.stat().st_size > MEGABYTES * 10**6
     assert float(grown) < 15 * MEGABYTES  # seen: 6.6
+
+
+MEASURE_PARQUET = """
+import sys, pyarrow as pa
+from data_utils.readers import read_records
+print(sum(1 for _ in read_records(sys.argv[1])), pa.default_memory_pool().max_memory())
+"""
+
+
+@pytest.mark.parametrize("use_dictionary", [True, False])
+def test_parquet_is_read_as_it_comes(tmp_path, use_dictionary):
+    """Though all of it is one row group, as pyarrow and pandas write it."""
+    text = random_text(300, 5)
+    texts = [f"{number} {text}" for number in range(40_000)]
+    table = pa.table({"text": texts, "label": ["a"] * len(texts)})
+    pq.write_table(table, tmp_path / "t.parquet", use_dictionary=use_dictionary)
+    command = [sys.executable, "-c", MEASURE_PARQUET, str(tmp_path / "t.parquet")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    documents, peak = map(int, run.stdout.split())
+    assert documents == len(texts)
+    assert peak < sum(map(len, texts)) / 4  # seen: a tenth

@@ -134,13 +134,19 @@ def test_transformers_loads_the_encoder_alone_in_16_bits(folder, expected, tmp_p
 
 
 def test_pipeline_from_elsewhere(folder, model, tokenizer, tmp_path):
-    """In a process that knows nothing of this project but the saved folder."""
+    """In a process that knows nothing of this project but the saved folder, and has a `utils.py` of its own."""
+    (tmp_path / "utils.py").write_text("raise RuntimeError('somebody else')")
     text = " ".join(f"w{5 + i % 100}" for i in range(40))
     script = (
         "import json, sys; from transformers import pipeline\n"
         "classify = pipeline('text-classification', model=sys.argv[1], trust_remote_code=True)\n"
         "print('RESULT', json.dumps(classify([sys.argv[2], 'w7 w8'], top_k=None)))\n"
-        "try: classify('w7', truncation=True)\n"
+        "for text, options in ('w7', {'truncation': True}), (' ', {}), ('w7\\0', {}), ('w7 \\ud800', {}):\n"
+        "    try: classify(text, **options)\n"
+        "    except ValueError as error: print('REFUSED', error)\n"
+        "classify.model.encoder.embeddings.word_embeddings.weight.data[9] = float('nan')\n"
+        "classify(' '.join(['w7'] * 12 + ['w9']))\n"
+        "try: classify('w9')\n"
         "except ValueError as error: print('REFUSED', error)\n"
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": ""}
@@ -162,7 +168,15 @@ def test_pipeline_from_elsewhere(folder, model, tokenizer, tmp_path):
         dict(zip(LABELS, probabilities.tolist(), strict=True)), abs=1e-5
     )
     assert len(short) == 3
-    assert "REFUSED leave truncation out: a document is read whole, in up to max_windows windows" in run.stdout
+    assert "window 1 of a document failed: its state is not finite" in run.stderr
+    said = [line.removeprefix("REFUSED ") for line in run.stdout.splitlines() if line.startswith("REFUSED")]
+    assert [line.split(":")[0] for line in said] == [
+        "leave truncation out",
+        "the text is empty",
+        "the text holds a NUL character",
+        "'utf-8' codec can't encode character '\\ud800' in position 3",
+        "nothing of the document could be read",
+    ]
 
 
 def test_is_checkpoint(folder, tmp_path):

@@ -159,6 +159,11 @@ def test_what_cannot_be_read_is_refused(runner):
         runner.logits(nothing, nothing)
     with pytest.raises(ValueError, match="the encoder has 64 positions, not 65"):
         runner.logits(nothing[[0] * 63], nothing[[0] * 63] + 1)
+    with pytest.raises(TypeError, match="a list of them, not a single one"):
+        runner.predict("w7")
+    for text, fault in ("w7\0", "NUL"), ("w7 \ud800", "surrogates"):
+        with pytest.raises(ValueError, match=fault):
+            runner.predict([text])
     with pytest.raises(ValueError, match="the text is empty"):
         runner.predict([" "])
     runner._embeddings_VD = np.full_like(runner._embeddings_VD, np.inf)

@@ -203,6 +203,37 @@ def test_long_documents_make_smaller_parts(run, made, monkeypatch):
         assert abs(float(row["prob_late"]) - float(whole["prob_late"])) < 1e-5
 
 
+def test_an_input_that_vanishes_meanwhile(run, monkeypatch):
+    predict_part = predict.predict_part
+
+    def remove(reader, part):
+        Path("corpus.jsonl").unlink()
+        return predict_part(reader, part)
+
+    monkeypatch.setattr(predict, "predict_part", remove)
+    code, console = run()
+    assert code == 3
+    assert "corpus.jsonl: No such file or directory; the input must stay until all of it is read" in console
+    assert part_names() == []
+
+
+def test_texts_are_looked_at_twice_however_many_there_are(run, monkeypatch):
+    """All of them once, then those of each part; or a million of them would be looked at a thousand times."""
+    Path("texts").mkdir()
+    for number in range(DOCUMENTS):
+        Path(f"texts/{number:02}.txt").write_text("w7 w8", encoding="utf-8")
+    looked_at, stamps = [], predict.stamps
+
+    def count(files):
+        looked_at.extend(listed := list(files))
+        return stamps(listed)
+
+    monkeypatch.setattr(predict, "stamps", count)
+    assert run(inputs="texts")[0] == 0
+    assert len(looked_at) == 2 * DOCUMENTS
+    assert len(rows_of("out.csv")) == DOCUMENTS
+
+
 def test_an_input_that_changes_meanwhile(run, monkeypatch):
     predict_part = predict.predict_part
 
