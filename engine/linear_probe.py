@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from data_utils.dataset import LongTextDataset, evaluation_loader
 from engine.objective import Objective, window_shares
 from engine.trainer import ReBertaTrainer
 from evaluation_utils import Prediction, check_windows, failed_places
+from processes import gather
 from utils import ConfigError, TrainingError, error_handler, logger
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)  # C, as scikit-learn's LogisticRegression counts it
@@ -44,7 +46,12 @@ class States(NamedTuple):
 
     @classmethod
     def joined(cls, parts: Sequence[States]) -> States:
-        return cls(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        """All of them, in the order of their documents."""
+        joined = cls(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        return joined.where(joined.documents_n.argsort(stable=True))
+
+    def to(self, device: torch.device | str) -> States:
+        return States(*(field.to(device) for field in self))
 
     def where(self, chosen_n: Tensor) -> States:
         return States(*(field[chosen_n] for field in self))
@@ -74,7 +81,7 @@ def fit_head(trainer: ReBertaTrainer) -> None:
     of regularisation is the one of the lowest log loss, after a temperature is fitted, of documents that were held out:
     those of the validation set, which are often too few, and those of the training set, in a cross-validation of FOLDS
     parts. The states are held in memory, 4 D bytes for a document and epoch, and for a window with `--window_loss`.
-    Every process does the same.
+    Each process reads a share of the documents; what follows every one does with all states.
 
     Raises:
         ConfigError: there is one training document only.
@@ -183,7 +190,13 @@ def _read(
 ) -> tuple[States, States]:
     """The states of a dataset's documents and, with a loss of windows, those of their windows; in fp32."""
     model, device, settings = trainer.model, trainer.args.device, trainer.settings
-    loader = evaluation_loader(dataset, settings.batch_size, max_windows_per_batch=settings.max_windows_per_batch)
+    loader = evaluation_loader(
+        dataset,
+        settings.batch_size,
+        max_windows_per_batch=settings.max_windows_per_batch,
+        num_replicas=trainer.args.world_size,
+        rank=trainer.args.process_index,
+    )
     model.eval()
     documents, windows, logits, failures = [], [], [], []
     read = 0
@@ -199,9 +212,17 @@ def _read(
         states_BND = output.hidden_states.window_states.float()
         rows, places, shares = window_shares(states_BND if window_loss else states_BND[:, :0])
         windows.append(States(states_BND[rows, places], labels[rows], window_loss * shares, index_B[rows]))
-    found = States.joined(documents), States.joined(windows)
-    failed = failed_places([part.documents_n for part in documents], failures)
-    indices_n = found[0].documents_n.cpu().numpy()
-    prediction = Prediction(torch.cat(logits).cpu().numpy(), None, indices_n, read, sorted(failed))
+    index = [part.documents_n for part in documents]
+    logits_and_index = torch.cat(logits).cpu(), torch.cat(index).cpu()
+    states = States.joined(documents).to("cpu"), States.joined(windows).to("cpu")
+    everyones = zip(*gather((*logits_and_index, failed_places(index, failures), read, *states)), strict=True)
+    all_logits, all_index, all_failed, all_read, all_documents, all_windows = everyones
+    prediction = Prediction(
+        logits=torch.cat(all_logits).numpy(),
+        labels=None,
+        index=torch.cat(all_index).numpy(),
+        windows=sum(all_read),
+        failures=sorted(chain(*all_failed)),
+    )
     check_windows(prediction, dataset.ids, settings.max_window_failures, f"{what}: ")
-    return found
+    return States.joined(all_documents).to(device), States.joined(all_windows).to(device)
