@@ -179,11 +179,11 @@ class TrainingOptions(Options):
     freeze_except_last: int | None = Field(
         None, ge=0, description="train only the last so many layers of the encoder, besides what it does not bring"
     )
-    probe_epochs: int = Field(
-        0,
+    probe_epochs: int | None = Field(
+        None,
         ge=0,
         description="before training, read the training set so many times with the encoder as it is, and start from "
-        "the head that fits it best; pays where documents are few",
+        "the head that fits it best (if absent 1 where an encoder is trained on up to 10,000 documents, else 0)",
     )
     window_loss: float = Field(
         0.0,

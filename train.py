@@ -70,6 +70,8 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 
 MOST_LABELS = 20
 """How many are told in the log."""
+FEW_DOCUMENTS = 10_000
+"""Up to so many are probed where no option says otherwise; with more, a head of random weights does no harm."""
 
 
 class Trained(NamedTuple):
@@ -101,6 +103,7 @@ def fit(settings: Settings, steps: int | None = None) -> Trained:
         set_seed(settings.seed)
         with PartialState().main_process_first():  # it prepares the data, and what is wrong is said once
             data = load_data(settings, run, start)
+            settings = with_probe(settings, len(data.train), start)
             model = build_model(settings, data.train.label_names, data.tokenizer, start and start.checkpoint.model)
             del start  # or a second model would lie in memory while this one is trained
             trainer = build_trainer(settings, data, run, model, device, resume_from, steps)
@@ -210,6 +213,14 @@ def load_data(settings: Settings, run: RunFolder, start: Saved | None = None) ->
     if start is not None and start.training_texts is not None:
         training_texts = np.union1d(start.training_texts, training_texts)
     return Data(train_set, validation_set, tokenizer, training_texts)
+
+
+def with_probe(settings: Settings, documents: int, start: Saved | None) -> Settings:
+    """The settings, with one reading for a probe where nothing is said of it, and training starts from an encoder and
+    with few documents."""
+    if settings.probe_epochs is not None:
+        return settings
+    return settings.model_copy(update={"probe_epochs": int(start is None and 1 < documents <= FEW_DOCUMENTS)})
 
 
 def label_counts(dataset: LongTextDataset) -> str:
@@ -322,7 +333,7 @@ def _training_arguments(
         logging_nan_inf_filter=False,  # it would log a loss that is not a number as 0.0 and go on
         eval_strategy=when,
         eval_steps=settings.eval_every,
-        eval_on_start=settings.probe_epochs > 0 and resume_from is None,  # of the head that the probe fitted
+        eval_on_start=bool(settings.probe_epochs) and resume_from is None,  # of the head that the probe fitted
         save_strategy=when,
         save_steps=settings.eval_every or 1,
         metric_for_best_model=settings.metric_for_best,

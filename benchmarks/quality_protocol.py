@@ -146,6 +146,7 @@ SYNTHETIC_OPTIONS: Options = {
     "batch_size": 8,
     "dropout": 0,
     "memory_level": 0,
+    "probe_epochs": 0,  # what decides cannot be read off a mean of windows
     "window_size": synthetic_suite.WINDOW_SIZE,
     "max_windows": max(synthetic_suite.DISTANCES) + synthetic_suite.OUTSIDE + 1,
 }

@@ -38,7 +38,7 @@ EPOCHS, DOCUMENTS = 3, 240
 OPTIONS = (
     "--mode train --window_size 12 --max_windows 6 --batch_size 4 --gradient_accumulation_steps 2 --eval_every 2 "
     "--learning_rate 1e-3 --fresh_lr_factor 1 --dropout 0.1 --use_augmentation --ema_decay 0.5 "
-    "--early_stopping_patience 14 --log_steps 1 --seed 1 --device cpu --output_dir logs/run"
+    "--early_stopping_patience 14 --probe_epochs 0 --log_steps 1 --seed 1 --device cpu --output_dir logs/run"
 )
 OF_LAST_PROCESS = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "train_loss"}
 HOURGLASS = 300  # seconds after which a run hangs

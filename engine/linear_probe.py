@@ -91,6 +91,7 @@ def fit_head(trainer: ReBertaTrainer) -> None:
     train, settings = trainer.data.train, trainer.settings
     if len(train) < 2:
         raise ConfigError("--probe_epochs: one training document tells no labels apart; give more, or leave it out")
+    assert settings.probe_epochs is not None
     epochs = settings.probe_epochs if train.epochs_differ else 1
     document_parts, window_parts = [], []
     for epoch in range(epochs):

@@ -25,7 +25,10 @@ UNK, PAD, CLS, SEP, MASK = range(5)
 WORDS = range(5, VOCABULARY)
 LABELS = ("early", "late")
 TRAINING = 22  # documents of `run`, not a multiple of any batch size there
-FLAGS = "--window_size 12 --max_windows 6 --batch_size 4 --epochs 2 --learning_rate 1e-3 --dropout 0 --log_steps 1"
+FLAGS = (
+    "--window_size 12 --max_windows 6 --batch_size 4 --epochs 2 --learning_rate 1e-3 --dropout 0 --log_steps 1 "
+    "--probe_epochs 0"
+)
 MODEL_CODE = {
     *("reberta.py", "configuration.py", "encoder.py", "gathered.py", "aggregation.py"),
     *("batch.py", "cell.py", "linear.py", "output.py", "pipeline.py"),

@@ -59,7 +59,7 @@ def project(tmp_path_factory, encoder_folder) -> Path:
         write_corpus(folder / "data" / name / f"{name}.jsonl", documents, seed)
     (folder / "tiny.yaml").write_text(
         f"model_path: {encoder_folder}\nwindow_size: 12\nmax_windows: 4\nbatch_size: 8\nlearning_rate: 1e-3\n"
-        f"log_steps: 1\ncache_dir: {folder}/cache\ndevice: cpu\n"
+        f"log_steps: 1\nprobe_epochs: 0\ncache_dir: {folder}/cache\ndevice: cpu\n"
     )
     return folder
 

@@ -252,3 +252,17 @@ def test_a_model_from_scratch_has_nothing_to_probe(argv):
 def test_a_single_document_cannot_be_probed(argv):
     with pytest.raises(ConfigError, match="--probe_epochs: one training document tells no labels apart"):
         started(argv, "run", "--probe_epochs=1", "--sample_data=1")
+
+
+def test_few_documents_are_probed_where_nothing_is_said_of_it(argv, monkeypatch):
+    def evaluated(name: str, *more: str) -> tuple[list[int], str]:
+        trained, rows = started(argv, name, "--epochs=1", *more)
+        return [row["step"] for row in rows if "eval_loss" in row], str(trained.best_model)
+
+    steps, best_model = evaluated("from-an-encoder")
+    assert steps == [0, 6]
+    assert load_model_and_config(f"{best_model}/model.pt").settings["probe_epochs"] == 1
+    assert evaluated("without", "--probe_epochs=0")[0] == [6]
+    assert evaluated("from-a-saved-model", f"--model_path={best_model}")[0] == [6]
+    monkeypatch.setattr("train.FEW_DOCUMENTS", 21)
+    assert evaluated("many")[0] == [6]
