@@ -34,6 +34,9 @@ def folder(tmp_path_factory) -> Path:
     for seed, (name, documents) in enumerate((("train", 40), ("evaluation", 8), ("validation", 9))):
         (folder / "data" / name).mkdir(parents=True)
         write_corpus(folder / "data" / name / f"{name}.jsonl", documents, seed, words=(100, 600))
+    (folder / "my").mkdir()
+    for seed, name in enumerate(("train", "validation", "test"), 3):
+        write_corpus(folder / "my" / f"{name}.jsonl", 8, seed)
     shutil.copytree(ROOT / "configs", folder / "configs")
     config = tiny_encoder("roberta")
     config.max_position_embeddings = 514
@@ -48,7 +51,7 @@ def folder(tmp_path_factory) -> Path:
 def test_the_readmes_show_the_same_commands_and_options():
     assert commands(README) == commands(CHINESE)
     assert blocks(README, "python") == blocks(CHINESE, "python")
-    assert len(commands(README)) == 13
+    assert len(commands(README)) == 14
     for text in (README, CHINESE):
         rows = [line for line in text.splitlines() if line.startswith("| `--")]
         table = {name for row in rows for name in re.findall(r"`--(\w+)`", row.split("|")[1])}
@@ -71,8 +74,8 @@ def test_every_command_runs_and_the_python_after_them(folder, command):
             done = command(folder, shlex.join(words[2:]) + extra, script=words[1])
         assert done.returncode == 0, f"{line}\n{done.stderr}"
         ran += 1
-    assert ran == 13
-    for name in ("first", "by-steps", "sotu", "two"):
+    assert ran == 14
+    for name in ("first", "by-steps", "sotu", "two", "mine"):
         assert (folder / "models" / "saved" / name / "model.pt").is_file()
     [block] = blocks(README, "python")
     script = folder / "snippet.py"
