@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 DEFAULT_ENCODER = "roberta-base"
+FEW_DOCUMENTS = 10_000  # up to so many are probed; with more, a random head does no harm, and a probe takes long
 
 Paths = Annotated[
     tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value), Field(min_length=1)
@@ -183,7 +184,8 @@ class TrainingOptions(Options):
         None,
         ge=0,
         description="before training, read the training set so many times with the encoder as it is, and start from "
-        "the head that fits it best (if absent 1 where an encoder is trained on up to 10,000 documents, else 0)",
+        f"the head that fits it best (1 where an encoder is trained on up to {FEW_DOCUMENTS:,} documents, 0 elsewhere, "
+        "if absent)",
     )
     window_loss: float = Field(
         0.0,

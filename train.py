@@ -27,7 +27,7 @@ from transformers import (
     set_seed,
 )
 
-from config import DEFAULT_ENCODER, Settings
+from config import DEFAULT_ENCODER, FEW_DOCUMENTS, Settings
 from contradictions import contradictions
 from data_utils.augmentation import Masking
 from data_utils.dataset import LongTextDataset, dataset_options, load_tokenizer
@@ -70,8 +70,6 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 
 MOST_LABELS = 20
 """How many are told in the log."""
-FEW_DOCUMENTS = 10_000
-"""Up to so many are probed where no option says otherwise; with more, a head of random weights does no harm."""
 
 
 class Trained(NamedTuple):
