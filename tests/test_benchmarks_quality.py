@@ -18,7 +18,7 @@ from data_utils.windows import SPECIALS
 from tests.test_benchmarks_synthetic_suite import tokenizer_of
 from utils import ConfigError, TrainingError
 
-OPTIONS = {"epochs": 1, "window_size": 12, "max_windows": 4, "train_windows": 2, "batch_size": 8}
+OPTIONS = {"epochs": 1, "window_size": 12, "max_windows": 4, "train_windows": 2, "batch_size": 8, "probe_epochs": 0}
 
 
 def cell(corpus: str = "sotu-era", model: str = "reberta", **changes: Any) -> dict[str, Any]:

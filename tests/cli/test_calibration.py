@@ -69,11 +69,12 @@ def trained(request, encoder_folder, tmp_path_factory) -> Trained:
     several = request.param == "multi_label"
     write_corpus(folder / "train.jsonl", several, seed=0)
     rows = write_corpus(folder / "val.jsonl", several, seed=1)
-    flags = f"--problem_type {request.param} --epochs 8 --learning_rate 1e-3 --window_size 12 --max_windows 4"
+    flags = f"--problem_type {request.param} --epochs 8 --learning_rate 1e-3 --probe_epochs 0"
+    reading = "--window_size 12 --max_windows 4"
     paths = f"--train_path {folder}/train.jsonl --val_path {folder}/val.jsonl --model_path {encoder_folder}"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        assert main(f"{flags} {paths} --cache_dir cache --output_dir logs/run --device cpu".split()) == 0
+        assert main(f"{flags} {reading} {paths} --cache_dir cache --output_dir logs/run --device cpu".split()) == 0
     saved = folder / "models" / "saved" / "run"
     model, _, maps = load_model_and_config(saved)
     tokenizer = load_checkpoint_tokenizer(saved)

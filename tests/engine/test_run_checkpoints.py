@@ -23,7 +23,8 @@ from utils import ConfigError, DataError, ModelError, StoppedError, TrainingErro
 
 FLAGS = (
     "--window_size 12 --max_windows 4 --batch_size 4 --learning_rate 1e-3 --dropout 0.1 --ema_decay 0.9 "
-    "--early_stopping_patience 9 --log_steps 5 --device cpu --train_path train.jsonl --val_path val.jsonl"
+    "--early_stopping_patience 9 --probe_epochs 0 --log_steps 5 --device cpu --train_path train.jsonl "
+    "--val_path val.jsonl"
 )
 FILES = {
     *("config.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"),
