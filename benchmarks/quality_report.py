@@ -27,6 +27,7 @@ from benchmarks.quality_statistics import (
     counted,
     differences,
     hits_by_fold,
+    paired,
     paired_bootstrap,
     rates_to_try,
     search,
@@ -103,12 +104,9 @@ class Page:
 
     def beside(self, model: str) -> dict[str, list[Pair]]:
         """By corpus what ReBerta and a model hit, fold by fold, where both were tested."""
-        found = {}
-        for corpus in self.corpora:
-            ours, others = (self.hits(Key(LEADERBOARD, corpus, which)) for which in (OURS, model))
-            if pairs := [(ours[fold], others[fold]) for fold in ours if fold in others]:
-                found[corpus] = pairs
-        return found
+        ours, others = ([self.hits(Key(LEADERBOARD, c, which)) for c in self.corpora] for which in (OURS, model))
+        found = dict(zip(self.corpora, map(paired, ours, others), strict=True))
+        return {corpus: pairs for corpus, pairs in found.items() if pairs}
 
     def accuracy(self, key: Key) -> float:
         """Mean over the runs."""

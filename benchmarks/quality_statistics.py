@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -72,6 +72,11 @@ Pair = tuple[np.ndarray, np.ndarray]
 """The hits of two models in a fold, [S, n] and [T, n]."""
 
 
+def paired(ours: Mapping[int, np.ndarray], others: Mapping[int, np.ndarray]) -> list[Pair]:
+    """Over the folds that both have."""
+    return [(ours[fold], others[fold]) for fold in ours if fold in others]
+
+
 def differences(pairs: Iterable[Pair]) -> np.ndarray:
     """By document: the share of the first model's seeds in which it is right, less the other's."""
     return np.concatenate([ours.mean(0) - others.mean(0) for ours, others in pairs])
@@ -105,8 +110,12 @@ def paired_bootstrap(corpora: Sequence[Sequence[Pair]], resamples: int = RESAMPL
 def _drawn(pairs: Sequence[Pair], resamples: int, generator: np.random.Generator) -> np.ndarray:
     """The mean difference in each resample of a corpus, [R]."""
 
-    def weights(count: int) -> np.ndarray:
-        return generator.multinomial(count, np.full(count, 1 / count), size=resamples) / count
+    def times(count: int) -> np.ndarray:
+        """How often each of so many is drawn, [R, count]."""
+        return generator.multinomial(count, np.full(count, 1 / count), size=resamples)
 
-    differences_Rn = np.hstack([weights(len(ours)) @ ours - weights(len(others)) @ others for ours, others in pairs])
-    return (weights(differences_Rn.shape[1]) * differences_Rn).sum(1)
+    differences_Rn = np.hstack(
+        [times(len(ours)) @ ours / len(ours) - times(len(others)) @ others / len(others) for ours, others in pairs]
+    )
+    documents = differences_Rn.shape[1]
+    return (times(documents) * differences_Rn).sum(1) / documents

@@ -37,9 +37,9 @@ def expand_paths(paths: Paths, *, unlabelled: bool = False) -> list[Path]:
         raise DataLoadError("no data file was given; name a .jsonl, .csv or .parquet file, or a folder of them")
     seen = set()
     for file in files:
-        if file.resolve() in seen:
+        if (place := file.resolve()) in seen:
             raise DataLoadError(f"{file}: given twice; name each file once")
-        seen.add(file.resolve())
+        seen.add(place)
     return files
 
 

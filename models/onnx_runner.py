@@ -137,8 +137,10 @@ class OnnxReBerta:
         return output_1D
 
     def _predict(self, text: str) -> dict[str, Any]:
-        if not text.strip() or "\0" in text:
-            raise ValueError("the text holds a NUL character" if "\0" in text else "the text is empty")
+        if not text.strip():
+            raise ValueError("the text is empty")
+        if "\0" in text:
+            raise ValueError("the text holds a NUL character")
         text.encode("utf-8")  # a lone surrogate is a ValueError here, and a TypeError in the tokenizer
         config = self.config
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids

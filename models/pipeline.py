@@ -46,8 +46,10 @@ class ReBertaPipeline(TextClassificationPipeline):
                 f"leave {', '.join(tokenizer_kwargs)} out: a document is cut into windows here, and up to the model's "
                 "max_windows of them are read"
             )
-        if not inputs.strip() or "\0" in inputs:
-            raise ValueError("the text holds a NUL character" if "\0" in inputs else "the text is empty")
+        if not inputs.strip():
+            raise ValueError("the text is empty")
+        if "\0" in inputs:
+            raise ValueError("the text holds a NUL character")
         inputs.encode("utf-8")  # a lone surrogate is a ValueError here, and anything in the tokenizer
         config, tokenizer = self.model.config, self.tokenizer
         plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
