@@ -19,6 +19,7 @@ from utils import DataFormatError
 ProblemType = Literal["single_label", "multi_label"]
 
 ID_COLUMN = "id"
+_SHOWS_NOTHING = " \ufffd"  # though printable; many tokenizers leave the latter out, as they do what is not
 _ID_BUFFER = 2**16
 _KINDS = {
     type(None): "null",
@@ -142,7 +143,7 @@ class RecordCheck:
 
 
 def check_text(value: Any, what: str = "text") -> str:
-    """`value` where it is a string that a tokenizer can read and that is not blank; DataFormatError otherwise."""
+    """`value` where it is a string that a tokenizer can read and that shows something; DataFormatError otherwise."""
     if not isinstance(value, str):
         raise DataFormatError(f"{what} is {kind_of(value)}; it must be a string")
     if not value.strip():
@@ -155,6 +156,8 @@ def check_text(value: Any, what: str = "text") -> str:
         raise DataFormatError(
             f"{what} holds a lone surrogate, U+{ord(value[error.start]):04X}, at position {error.start + 1}"
         ) from None
+    if not any(character.isprintable() and character not in _SHOWS_NOTHING for character in value):
+        raise DataFormatError(f"{what} shows nothing: it holds only characters such as U+{ord(value.strip()[0]):04X}")
     return value
 
 

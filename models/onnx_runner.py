@@ -68,7 +68,7 @@ class OnnxReBerta:
         `label` and its `confidence` (several labels: `labels`, and the probability of that set, taken as independent),
         `probabilities` by label, and `tokens` of the text with `tokens_read`, those that stood in windows.
 
-        Raises ValueError for a text that is empty, holds NUL or a lone surrogate, and as `logits`; TypeError for a lone
+        Raises ValueError for a text that is empty or has no token, holds NUL or a lone surrogate, and as `logits`; TypeError for a lone
         string in place of several.
         """
         if isinstance(texts, str):
@@ -144,6 +144,8 @@ class OnnxReBerta:
         text.encode("utf-8")  # a lone surrogate is a ValueError here, and a TypeError in the tokenizer
         config = self.config
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if not ids:
+            raise ValueError("the text shows nothing: the tokenizer finds no token in it")
         special = config["cls_token_id"], config["sep_token_id"], config["pad_token_id"]
         size, overlap = config["window_size"], config["window_overlap"]
         room = size - 2 + (config["max_windows"] - 1) * (size - 2 - overlap)

@@ -37,7 +37,7 @@ class ReBertaPipeline(TextClassificationPipeline):
     Its scores are calibrated, also with `function_to_apply="none"`, which gives logits over the temperature. Of several
     labels it says the likeliest, as transformers does; `top_k=None` gives all scores, for `config.thresholds`.
 
-    Raises ValueError for a text that is empty, holds NUL or a lone surrogate, and for one of which nothing can be read.
+    Raises ValueError for a text that is empty or has no token, holds NUL or a lone surrogate, and for one of which nothing can be read.
     """
 
     def preprocess(self, inputs: str, **tokenizer_kwargs: Any) -> dict[str, Tensor]:
@@ -54,6 +54,8 @@ class ReBertaPipeline(TextClassificationPipeline):
         config, tokenizer = self.model.config, self.tokenizer
         plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
         ids = tokenizer(inputs, **plain)["input_ids"]
+        if not ids:
+            raise ValueError("the text shows nothing: the tokenizer finds no token in it")
         content = config.window_size - 2
         step = content - config.window_overlap
         tokens = len(ids)

@@ -144,6 +144,8 @@ JSON_FAULTS = {
     '{"label": "a"}': "no 'text' (the line has: 'label'); set --text_column",
     '{"text": "", "label": "a"}': "'text' is empty",
     '{"text": " \\n", "label": "a"}': "'text' is empty",
+    '{"text": " \\u200b\\ufeff", "label": "a"}': "'text' shows nothing: it holds only characters such as U+200B",
+    '{"text": "\\ufffd \\ufffd", "label": "a"}': "'text' shows nothing",
     '{"text": null, "label": "a"}': "'text' is null",
     '{"text": 5, "label": "a"}': "'text' is an integer",
     '{"text": "a\\u0000b", "label": "a"}': "NUL character at position 2",

@@ -138,12 +138,15 @@ def test_pipeline_from_elsewhere(folder, model, tokenizer, tmp_path):
     (tmp_path / "utils.py").write_text("raise RuntimeError('somebody else')")
     text = " ".join(f"w{5 + i % 100}" for i in range(40))
     script = (
-        "import json, sys; from transformers import pipeline\n"
+        "import json, sys; from transformers import pipeline; from tokenizers.normalizers import BertNormalizer\n"
         "classify = pipeline('text-classification', model=sys.argv[1], trust_remote_code=True)\n"
         "print('RESULT', json.dumps(classify([sys.argv[2], 'w7 w8'], top_k=None)))\n"
         "for text, options in ('w7', {'truncation': True}), (' ', {}), ('w7\\0', {}), ('w7 \\ud800', {}):\n"
         "    try: classify(text, **options)\n"
         "    except ValueError as error: print('REFUSED', error)\n"
+        "classify.tokenizer.backend_tokenizer.normalizer = BertNormalizer()\n"
+        "try: classify('\\u200b')\n"
+        "except ValueError as error: print('REFUSED', error)\n"
         "classify.model.encoder.embeddings.word_embeddings.weight.data[9] = float('nan')\n"
         "classify(' '.join(['w7'] * 12 + ['w9']))\n"
         "try: classify('w9')\n"
@@ -175,6 +178,7 @@ def test_pipeline_from_elsewhere(folder, model, tokenizer, tmp_path):
         "the text is empty",
         "the text holds a NUL character",
         "'utf-8' codec can't encode character '\\ud800' in position 3",
+        "the text shows nothing",
         "nothing of the document could be read",
     ]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers.normalizers import BertNormalizer
 from transformers import AlbertConfig, DistilBertConfig
 
 from calibration import predicted_labels, probabilities
@@ -166,6 +167,9 @@ def test_what_cannot_be_read_is_refused(runner):
             runner.predict([text])
     with pytest.raises(ValueError, match="the text is empty"):
         runner.predict([" "])
+    runner._tokenizer.normalizer = BertNormalizer()
+    with pytest.raises(ValueError, match="the text shows nothing"):
+        runner.predict(["\u200b"])
     runner._embeddings_VD = np.full_like(runner._embeddings_VD, np.inf)
     with pytest.raises(ValueError, match="window 0 of the document gives a state that is not finite"):
         runner.logits(nothing, nothing + 1)
