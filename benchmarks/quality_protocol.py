@@ -125,16 +125,12 @@ VARIANTS: dict[str, Options] = {
     "aggregation transformer": {"aggregation": "transformer"},
     "global_alpha 0.8": {"global_alpha": 0.8},
     "gate_bias -4": {"gate_bias": -4},
-    "gate_bias 2": {"gate_bias": 2},
     SHUFFLED: {},
     "window_overlap 12": {"window_overlap": 12, "max_windows": 48},
     "window_size 96": {"window_size": 96},
-    "window_size 192": {"window_size": 192},
     "window_size 512": {"window_size": 512},
     "position_encoding rope": {"position_encoding": "rope"},
-    "window_loss 1": {"window_loss": 1},
     "fresh_lr_factor 1": {"fresh_lr_factor": 1},
-    "dropout 0.1": {"dropout": 0.1},
 }
 
 SYNTHETIC_ENCODER = ENCODER
