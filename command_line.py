@@ -43,7 +43,7 @@ def parse_settings(argv: Sequence[str] | None = None, *, description: str | None
     file_values: dict[str, Any] = {}
     is_whole = True
     try:
-        file_values = _read_config_file(Path(config_path)) if config_path else {}
+        file_values = _read_config_file(Path(config_path).expanduser()) if config_path else {}
     except ConfigError as error:
         faults.append(str(error))
         is_whole = False
@@ -150,7 +150,7 @@ def _parser(description: str | None, defaults: Mapping[str, Any]) -> argparse.Ar
         for name, field in group.__annotations__.items():
             info = group.model_fields[name]
             help_text = _help(info, defaults.get(name, info.default))
-            section.add_argument(f"--{name}", help=help_text, metavar=_metavar(info), **_arity(field, info))
+            section.add_argument(f"--{name}", help=help_text, metavar=_metavar(field, info), **_arity(field, info))
     return parser
 
 
@@ -166,7 +166,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 def _arity(annotation: str, info: FieldInfo) -> dict[str, Any]:
     if annotation.startswith("Paths"):
-        return {"nargs": "*"}
+        return {"nargs": "*", "action": "extend"}
     return {"nargs": "?", "const": "True" if info.annotation is bool else MISSING}
 
 
@@ -180,13 +180,15 @@ def _choices(info: FieldInfo) -> list[str]:
     ]
 
 
-def _metavar(info: FieldInfo) -> str:
+def _metavar(annotation: str, info: FieldInfo) -> str:
     if _choices(info):
         return "/".join(_choices(info))
     if info.annotation is bool:
         return "True/False"
+    if annotation.startswith(("Paths", "Place")):
+        return "PATH"
     names = str(info.annotation)
-    return "PATH" if "tuple" in names else "INT" if "int" in names else "NUMBER" if "float" in names else "TEXT"
+    return "INT" if "int" in names else "NUMBER" if "float" in names else "TEXT"
 
 
 def _help(info: FieldInfo, default: Any) -> str:

@@ -6,15 +6,17 @@ choices; what depends on two options stands in `contradictions`, how they are re
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 DEFAULT_ENCODER = "roberta-base"
 FEW_DOCUMENTS = 10_000  # up to so many are probed; with more, a random head does no harm, and a probe takes long
 
+Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a shell leaves ~ as it is after =
 Paths = Annotated[
-    tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value), Field(min_length=1)
+    tuple[Place, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value), Field(min_length=1)
 ]
 MemoryLevel = Annotated[Literal["auto", "0", "1", "2"], BeforeValidator(str)]
 
@@ -36,7 +38,7 @@ class RunOptions(Options):
         "or export a checkpoint to ONNX",
     )
     seed: int = Field(42, ge=0, lt=2**32, description="seed of weights, order, dropout, masking and sampling")
-    output_dir: str | None = Field(
+    output_dir: Place | None = Field(
         None, description="folder of the run, the report, the analysis or the export (made up under logs/ if absent)"
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"] = Field(
@@ -52,7 +54,12 @@ class RunOptions(Options):
         description="memory that training may use, e.g. 12GB, 800MiB or auto (what is free): it is measured what fits, "
         "and memory level and documents at a time are chosen to suit (no planning if absent)",
     )
-    num_workers: int = Field(0, ge=0, description="processes that load data beside the main one (predict has a thread)")
+    num_workers: int = Field(
+        0,
+        ge=0,
+        description="processes that load batches in training and in mode evaluate, beside the main one (predict has a "
+        "thread)",
+    )
     report_to: Literal["none", "tensorboard", "wandb"] = Field("none", description="where else to log to")
 
 
@@ -83,13 +90,15 @@ class DataOptions(Options):
     on_bad_lines: Literal["error", "skip"] = Field(
         "error", description="stop at a bad line, or put it into a quarantine file and count it"
     )
-    cache_dir: str = Field("~/.cache/reberta", description="where tokenized documents are kept for the next start")
+    cache_dir: Place = Field(
+        "~/.cache/reberta", validate_default=True, description="where tokenized documents are kept for the next start"
+    )
 
 
 class ModelOptions(Options):
     """model"""
 
-    model_path: str | None = Field(
+    model_path: Place | None = Field(
         None,
         description="training: an encoder (name or folder) or a checkpoint to start from, roberta-base if absent; "
         "evaluation, prediction and export: the checkpoint, a .pt file or a folder",
@@ -197,7 +206,7 @@ class TrainingOptions(Options):
     )
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="label smoothing of the loss")
     gradient_clip_val: float = Field(1.0, ge=0, description="largest gradient norm; 0 does not clip")
-    resume: str = Field(
+    resume: Place = Field(
         "auto", description="auto: continue the run in --output_dir; never: refuse; or a checkpoint's path"
     )
     save_total_limit: int = Field(2, ge=1, description="checkpoints to keep; the best one is kept besides")
@@ -240,7 +249,7 @@ class OutputOptions(Options):
     """output"""
 
     save_predictions: bool = Field(False, description="write predictions.csv beside the report")
-    output_path: str | None = Field(None, description="mode predict: the file to write, .csv or .jsonl")
+    output_path: Place | None = Field(None, description="mode predict: the file to write, .csv or .jsonl")
 
 
 class Settings(

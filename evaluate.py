@@ -23,7 +23,7 @@ from files import made_up_folder
 from models.checkpoint import load_all
 from models.quantization import quantize_int8
 from models.reberta import RecurrentRoBERTa
-from models.registry import READING, WITHOUT, learned_settings, refuse_other_architecture
+from models.registry import LEARNED, READING, WITHOUT, learned_settings, refuse_other_architecture
 from models.transformer import TransformerClassifier
 from processes import join_processes
 from utils import (
@@ -138,7 +138,7 @@ def load_reader(settings: Settings, device: torch.device) -> Reader:
     for name in ("model_type", "problem_type"):
         if name in settings.model_fields_set and written[name] != getattr(settings, name):
             raise ConfigError(f"{settings.model_path} was trained with --{name} {written[name]}; leave it out")
-    learned = learned_settings(written, settings, (*READING, "text_column", "label_column", "problem_type"))
+    learned = learned_settings(written, settings, LEARNED)
     if settings.int8:
         learned["batch_size"] = 1  # in 8 bits, batch mates would share their scale
         if "batch_size" in settings.model_fields_set:

@@ -53,7 +53,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 def nearest(path: str | Path) -> str:
     """For the message that there is no `path`: what lies where it should and has nearly its name."""
     path = Path(path)
-    beside = [file.name for file in path.parent.iterdir()] if path.parent.is_dir() else []
+    beside = [file.name for file in path.parent.iterdir() if file.name != path.name] if path.parent.is_dir() else []
     close = difflib.get_close_matches(path.name, beside, n=1)
     return f"; did you mean {path.with_name(close[0])}?" if close else ""
 

@@ -65,10 +65,6 @@ def dispatch(settings: Settings) -> None:
 
         if settings.mode == "train_and_evaluate":
             expand_paths(settings.test_files)  # raises where there is none, which is better known before a run begins
-            if "train_path" in settings.model_fields_set and settings.test_path is None:
-                logger.warning(
-                    "--test_path is not given: test documents are those of %s", ", ".join(settings.test_files)
-                )
         elif settings.test_path is not None:
             logger.warning("--mode %s reads no --test_path; --mode evaluate does", settings.mode)
         trained = train(settings) if settings.total_steps is None else train_by_steps(settings)

@@ -30,7 +30,8 @@ from data_utils.paths import expand_paths, tell_of_others
 from data_utils.predictions import FORMATS, Row
 from data_utils.readers import Quarantine
 from data_utils.records import Columns
-from data_utils.stream import DocumentPart, documents_in_parts, one_ahead
+from data_utils.stream import DocumentPart, documents_in_parts
+from data_utils.tokenization import one_ahead
 from data_utils.windows import Reading
 from evaluate import Reader, load_reader
 from evaluation_utils import check_documents, check_share, predict

@@ -40,7 +40,7 @@ from engine.run_folder import RunFolder, open_run_folder
 from engine.trainer import Data, EngineCallback, MetricsCallback, ReBertaTrainer
 from files import writing_to
 from models.checkpoint import Saved, is_checkpoint, load_all
-from models.registry import READING, build_model, built_with, check_encoder, learned_settings, refuse_other_architecture
+from models.registry import LEARNED, build_model, built_with, check_encoder, learned_settings, refuse_other_architecture
 from models.transformer import TransformerClassifier
 from presets import with_preset
 from processes import join_processes, said_once
@@ -146,7 +146,7 @@ def with_settings_of(start: Saved | None, settings: Settings) -> Settings:
     faults: list[str] = []
     if start is not None:
         source, (model, written, _) = str(settings.model_path), start.checkpoint
-        settings = settings.model_copy(update=learned_settings(written, settings, (*READING, "model_type")))
+        settings = settings.model_copy(update=learned_settings(written, settings, (*LEARNED, "model_type")))
         if isinstance(model, TransformerClassifier) == (settings.model_type == "transformer"):
             refuse_other_architecture(source, model, settings)
             settings = settings.model_copy(update=built_with(model))
@@ -168,6 +168,11 @@ def load_data(settings: Settings, run: RunFolder, start: Saved | None = None) ->
     paths = {"train": settings.train_path, "validation": settings.val_path}
     if settings.mode == "train_and_evaluate":  # what is wrong with the test set is better known before training
         paths["test"] = settings.test_files
+    options_of = {"train": "train_path", "validation": "val_path", "test": "test_path"}
+    left_out = [split for split in paths if options_of[split] not in settings.model_fields_set]
+    for split in left_out if len(left_out) < len(paths) else []:
+        default = ", ".join(paths[split])
+        logger.warning("--%s is not given: %s documents are those of %s", options_of[split], split, default)
     # looked for first: the tokenizer may have to be fetched
     files = {split: expand_paths(given) for split, given in paths.items()}
     train_files = ", ".join(map(str, files["train"]))
@@ -192,8 +197,6 @@ def load_data(settings: Settings, run: RunFolder, start: Saved | None = None) ->
         raise DataFormatError(f"{train_files}: no document has a label; one at least is needed")
     logger.info("%d labels: %s", len(train_set.label_names), label_counts(train_set))
     options |= {"label_names": train_set.label_names}
-    if "train_path" in settings.model_fields_set and "val_path" not in settings.model_fields_set:
-        logger.warning("--val_path is not given: validation documents are those of %s", ", ".join(settings.val_path))
     _, *held_out = paths
     sets = {
         split: LongTextDataset(paths[split], quarantine_path=run.quarantine(split), **options) for split in held_out
@@ -359,7 +362,8 @@ def class_weights(settings: Settings, dataset: LongTextDataset) -> Tensor | None
     assert labels is not None
     if labels.ndim == 2:
         positives = labels.sum(0).clip(min=1)
-        return torch.from_numpy((len(labels) - positives) / positives).float()
+        negatives = len(labels) - labels.sum(0)
+        return torch.from_numpy(np.where(negatives > 0, negatives / positives, 1.0)).float()
     weights, present = torch.ones(len(dataset.label_names)), np.unique(labels)  # --sample_data may leave a class out
     weights[present] = torch.from_numpy(compute_class_weight("balanced", classes=present, y=labels)).float()
     return weights

@@ -28,7 +28,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import confusion_matrix
 
-from data_utils.windows import capacity, window_count
+from data_utils.windows import capacity, window_counts
 from figure_text import Names, Rows, display_width
 from files import atomic_path
 
@@ -276,7 +276,7 @@ def save_length_coverage(
     the window before it holds, too.
     """
     tokens = np.sort(np.asarray(token_counts, dtype=np.int64))
-    powers = range(max(6, math.ceil(math.log2(window_count(int(tokens[-1]), window_size, window_overlap)))) + 1)
+    powers = range(max(6, math.ceil(math.log2(window_counts(int(tokens[-1]), window_size, window_overlap)))) + 1)
     windows = np.arange(1, 2 ** powers[-1] + 1)
     room = np.array([capacity(count, window_size, window_overlap) for count in windows.tolist()])
     whole = np.searchsorted(tokens, room, side="right")

@@ -342,7 +342,7 @@ def dataset_options(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> d
     reading = ("max_len", "window_size", "max_windows", "window_overlap", "read")
     corpus = ("text_column", "label_column", "problem_type", "on_bad_lines", "sample_data", "seed")
     options = {name: getattr(settings, name) for name in (*reading, *corpus)}
-    return {**options, "tokenizer": tokenizer, "cache_dir": Path(settings.cache_dir).expanduser()}
+    return {**options, "tokenizer": tokenizer, "cache_dir": Path(settings.cache_dir)}
 
 
 def evaluation_loader(

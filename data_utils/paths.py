@@ -67,6 +67,8 @@ def _visible(folder: Path) -> list[Path]:
 
 
 def _data_file(file: Path, unlabelled: bool) -> Path:
+    if file.is_dir():
+        raise DataLoadError(f"{file}: is a folder beside data files; name it by itself")
     if not file.is_file():
         raise DataLoadError(f"{file}: no such file{nearest(file) or '; check the path'}")
     endings = (*TABLES, TEXT) if unlabelled else TABLES

@@ -2,14 +2,12 @@
 
 - `documents_in_parts`: fixed parts in the order of the input, bounded in documents and in characters
 - `DocumentPart`: such a part as a data set of windows
-- `one_ahead`: the next part is read and tokenised while this one is used
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +17,6 @@ from data_utils.cache import Preparation
 from data_utils.records import Record
 from data_utils.tokenization import tokenize
 from data_utils.windows import cut_windows, window_counts
-
-T = TypeVar("T")
 
 
 class DocumentPart(Dataset[dict[str, Any]]):
@@ -75,12 +71,3 @@ def documents_in_parts(
             waiting, number, characters = [], number + 1, 0
     if waiting:
         yield len(waiting), DocumentPart(waiting, preparation) if wanted(number) else None
-
-
-def one_ahead(items: Iterator[T]) -> Generator[T, None, None]:
-    """The same items; a thread makes the next one while this one is used."""
-    with ThreadPoolExecutor(1) as pool:
-        job = pool.submit(next, items, None)
-        while (item := job.result()) is not None:
-            job = pool.submit(next, items, None)
-            yield item

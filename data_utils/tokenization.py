@@ -13,9 +13,8 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -113,11 +112,19 @@ def batches(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterato
 def _encoded(
     tokenizer: PreTrainedTokenizerBase, batches: Iterator[list[tuple[T, str, bool]]], words: bool
 ) -> Iterator[tuple[tuple[T, str, bool], Any]]:
-    """Each piece with its encoding. A thread encodes one batch ahead: the tokenizer holds no lock on Python."""
+    """Each piece with its encoding, one batch ahead: the tokenizer holds no lock on Python."""
+    encoded = ((batch, _encode(tokenizer, [piece for _, piece, _ in batch], words)) for batch in batches)
+    for batch, encodings in one_ahead(encoded):
+        yield from zip(batch, encodings, strict=True)
+
+
+def one_ahead(items: Iterator[T]) -> Generator[T, None, None]:
+    """The same items; a thread makes the next one while this one is used."""
     with ThreadPoolExecutor(1) as pool:
-        jobs = ((batch, pool.submit(_encode, tokenizer, [piece for _, piece, _ in batch], words)) for batch in batches)
-        for (batch, job), _ in pairwise(chain[Any](jobs, [None])):
-            yield from zip(batch, job.result(), strict=True)
+        job = pool.submit(next, items, None)
+        while (item := job.result()) is not None:
+            job = pool.submit(next, items, None)
+            yield item
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], words: bool) -> list[Any]:

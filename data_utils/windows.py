@@ -47,14 +47,8 @@ def check_window_options(
         raise ConfigError(f"--window_overlap {overlap} does not go with --read random, whose windows share no tokens")
 
 
-def window_count(tokens: int, window_size: int, overlap: int = 0) -> int:
-    """How many windows `tokens` content tokens make; no tokens make one."""
-    content = window_size - SPECIALS
-    return 1 + max(0, -(-(tokens - content) // (content - overlap)))
-
-
-def window_counts(lengths_D: np.ndarray, window_size: int, overlap: int = 0) -> np.ndarray:
-    """`window_count` of many documents."""
+def window_counts(lengths_D: np.ndarray | int, window_size: int, overlap: int = 0) -> np.ndarray:
+    """How many windows documents of so many content tokens make; no tokens make one."""
     content = window_size - SPECIALS
     return 1 + np.maximum(0, -(-(lengths_D - content) // (content - overlap)))
 
@@ -146,7 +140,7 @@ def word_starts_at(word_starts_T: np.ndarray, positions: np.ndarray) -> np.ndarr
 def content_positions(tokens: int, window_size: int, overlap: int = 0) -> np.ndarray:
     """For each slot of the windows of `tokens` content tokens the token that stands there, or -1: int64 [N, W]."""
     content = window_size - SPECIALS
-    starts_N = np.arange(window_count(tokens, window_size, overlap)) * (content - overlap)
+    starts_N = np.arange(int(window_counts(tokens, window_size, overlap))) * (content - overlap)
     lengths_N = np.minimum(tokens - starts_N, content)
     slots_W = np.arange(window_size) - 1
     is_content_NW = (slots_W >= 0) & (slots_W < lengths_N[:, None])

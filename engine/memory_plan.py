@@ -16,7 +16,7 @@ import ctypes
 import math
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,7 +40,10 @@ M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 MEASURED_TOKENS = 256  # a measured pass is of so many tokens at least, or weight gradients would drown activations
 MOST_WINDOWS = 100_000  # as good as no limit, for aggregations that have none
 OPTIMIZER_STATES = {"adamw": 2, "adam": 2, "sgd": 1}
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+OWN_CGROUPS = Path("/proc/self/cgroup")
+CGROUPS = Path("/sys/fs/cgroup")
+CGROUP_FILES = ("memory.max", "memory.current", "inactive_file")
+CGROUP_V1_FILES = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 class TooMuch(Exception):
@@ -212,9 +215,27 @@ def memory_budget(settings: Settings, device: torch.device, processes: int) -> f
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return min(held + free, total * (settings.gpu_memory_fraction or 1.0))
-    limits = [Path(name).read_text().strip() for name in CGROUP_LIMITS if Path(name).is_file()]
-    bounds = [float(limit) for limit in limits if limit != "max"]
-    return min([held * processes + psutil.virtual_memory().available, *bounds]) / processes
+    return held + min([psutil.virtual_memory().available, *cgroup_rooms()]) / processes
+
+
+def cgroup_rooms() -> Iterator[int]:
+    """Bytes that are free in this process's control group and in each above it, as containers and SLURM limit them.
+
+    What the limit leaves beside what is in use, but for files that the kernel would drop (cgroups(7), both versions).
+    """
+    for line in OWN_CGROUPS.read_text().splitlines() if OWN_CGROUPS.is_file() else []:
+        _, controllers, place = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        root = CGROUPS / "memory" if controllers else CGROUPS
+        limit, usage, droppable = CGROUP_V1_FILES if controllers else CGROUP_FILES
+        folder = root / place.strip("/")
+        for group in [folder, *folder.parents]:
+            if group.is_relative_to(root) and (group / limit).is_file():
+                most = (group / limit).read_text().strip()
+                if most != "max":
+                    statistics = dict(entry.split() for entry in (group / "memory.stat").read_text().splitlines())
+                    yield int(most) - int((group / usage).read_text()) + int(statistics[droppable])
 
 
 def held_memory(device: torch.device) -> int:

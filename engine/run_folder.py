@@ -171,14 +171,16 @@ def _enter(folder: Path, settings: Settings) -> None:
 
 
 def _resume_from(folder: Path, settings: Settings) -> str | None:
-    """The checkpoint to go on from, with what the environment was then set beside what it is now."""
+    """The checkpoint to go on from; `environment.json` keeps those of the starts before this one as `earlier`."""
     named = _named_checkpoint(settings)
     if named is not None and (reason := fault(named)):
         raise ModelError(f"--resume {named}: cannot be used: {reason}; give another one, or --resume auto")
     checkpoint = named if named and named.parent.resolve() == folder.resolve() else newest_whole(folder) or named
     environment = _environment(settings)
     if checkpoint is not None:
-        environment["data"] = _read_json(checkpoint.parent / ENVIRONMENT_FILE)["data"]
+        before = _read_json(checkpoint.parent / ENVIRONMENT_FILE)
+        environment["data"] = before.pop("data")
+        environment["earlier"] = [*before.pop("earlier", []), before]
         set_aside(folder, after_step=step_of(checkpoint))
         logger.info("going on from %s", checkpoint)
     _write_json(folder / ENVIRONMENT_FILE, environment)

@@ -85,8 +85,9 @@ def sinusoids(positions: Tensor, size: int) -> Tensor:
 class EncoderAggregation(nn.Module):
     """[G_CLS] s(0) ... s(n-1) [G_SEP] through the window encoder, joined with the mean of the states by a residual.
 
-    document state = a * g + (1 - a) * mean(s), with g the encoder's output at position 0. `alpha` fixes a; None makes
-    it a learned scalar that starts at 0, so that a fresh model is as good as its own mean of windows.
+    document state = a * g + (1 - a) * mean(s), with g what the encoder makes of that sequence: its output at position
+    0, or the mean over it, as `pooling` has it for windows. `alpha` fixes a; None makes it a learned scalar that starts
+    at 0, so that a fresh model is as good as its own mean of windows.
     """
 
     def __init__(self, alpha: float | None) -> None:
@@ -102,7 +103,7 @@ class EncoderAggregation(nn.Module):
         sep_D: Tensor,
         encode: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
-        """`encode` maps embeddings [B, N + 2, D] and a mask [B, N + 2] to the encoder's output at position 0."""
+        """`encode` maps embeddings [B, N + 2, D] and a mask [B, N + 2] to g [B, D]."""
         batch, windows, size = normed_states_BND.shape
         count_B = exists_BN.sum(1)
         # existing windows are at the front, so that [G_SEP] follows the last one at once, as after any sentence

@@ -42,6 +42,7 @@ FORMAT = 1
 MODEL_FILE = "model.pt"
 SETTINGS_FILE = "settings.json"
 WEIGHTS_FILE = "model.safetensors"
+FOLDER_FILES = ("config.json", SETTINGS_FILE, WEIGHTS_FILE, "tokenizer.json", "tokenizer_config.json")
 TEXTS_FILE = "training_texts.safetensors"
 _TEXTS = "training_texts"
 MODELS: dict[str, type[RecurrentRoBERTa | TransformerClassifier]] = {
@@ -179,9 +180,8 @@ def checkpoint_hash(path: str | Path) -> str:
         ModelError: there is nothing.
     """
     path = _existing(path)
-    names = ("config.json", SETTINGS_FILE, WEIGHTS_FILE, "tokenizer.json", "tokenizer_config.json")
     digest = hashlib.sha256()
-    for part in [path / name for name in names] if path.is_dir() else [path]:
+    for part in [path / name for name in FOLDER_FILES] if path.is_dir() else [path]:
         digest.update(bytes.fromhex(file_sha256(part)))
     return digest.hexdigest()
 
@@ -222,7 +222,7 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _read_folder(folder: Path) -> dict[str, Any]:
-    missing = [name for name in ("config.json", WEIGHTS_FILE, SETTINGS_FILE) if not (folder / name).is_file()]
+    missing = [name for name in FOLDER_FILES if not (folder / name).is_file()]
     if missing:
         raise ModelError(
             f"{folder}: is no saved ReBerta model: {', '.join(missing)} missing; "
@@ -244,7 +244,8 @@ def _model(path: Path, content: dict[str, Any]) -> Checkpoint:
         _check_sizes(config, state)
     except Exception as error:  # whatever transformers makes of a configuration that anyone may have written
         raise ModelError(f"{path}: its weights do not fit its configuration: {error}") from error
-    model = _build(config)
+    with no_init_weights():  # all of them are loaded next
+        model = _build(config)
     model.load_state_dict(state)
     _check_decisions(path, model.config)
     maps = {"id2label": dict(model.config.id2label), "label2id": dict(model.config.label2id)}

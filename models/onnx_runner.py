@@ -68,8 +68,8 @@ class OnnxReBerta:
         `label` and its `confidence` (several labels: `labels`, and the probability of that set, taken as independent),
         `probabilities` by label, and `tokens` of the text with `tokens_read`, those that stood in windows.
 
-        Raises ValueError for a text that is empty or has no token, holds NUL or a lone surrogate, and as `logits`; TypeError for a lone
-        string in place of several.
+        Raises ValueError for a text that is empty, holds NUL or a lone surrogate or no token, and as `logits`;
+        TypeError for a lone string in place of several.
         """
         if isinstance(texts, str):
             raise TypeError("texts are wanted, a list of them, not a single one")

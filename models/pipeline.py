@@ -37,7 +37,8 @@ class ReBertaPipeline(TextClassificationPipeline):
     Its scores are calibrated, also with `function_to_apply="none"`, which gives logits over the temperature. Of several
     labels it says the likeliest, as transformers does; `top_k=None` gives all scores, for `config.thresholds`.
 
-    Raises ValueError for a text that is empty or has no token, holds NUL or a lone surrogate, and for one of which nothing can be read.
+    Raises ValueError for a text that is empty, holds NUL or a lone surrogate or no token, or of which nothing can
+    be read.
     """
 
     def preprocess(self, inputs: str, **tokenizer_kwargs: Any) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ ARCHITECTURE = (
     "position_encoding",
 )
 READING = ("window_size", "window_overlap", "max_windows", "max_len", "read")
+LEARNED = (*READING, "text_column", "label_column", "problem_type")  # of a saved model, where no option says otherwise
 WITHOUT = {"read": "first", "model_type": "reberta"}  # what models are that were saved before there were these options
 BEHAVIOUR = ("dropout", "memory_level", "window_loss")
 
@@ -130,18 +131,20 @@ def freeze_except_last(encoder: PreTrainedModel, layers: int) -> None:
 
 
 def last_layers(encoder: PreTrainedModel, layers: int) -> Sequence[nn.Module]:
-    """Its last layers.
+    """Its last layers; their parts, where it keeps attention and feed-forward in lists of their own, as XLM does.
 
     Raises:
         ConfigError: it has not so many, or its layers share their weights, as ALBERT's do.
     """
-    stack = next(module for module in encoder.modules() if isinstance(module, nn.ModuleList))
     there = encoder.config.num_hidden_layers
     if layers > there:
         raise ConfigError(f"--freeze_except_last {layers}: the encoder has {there} layers")
-    if layers and len(stack) < there:
+    lists = {name: module for name, module in encoder.named_modules() if isinstance(module, nn.ModuleList)}
+    outermost = [module for name, module in lists.items() if not any(name.startswith(f"{other}.") for other in lists)]
+    stacks = [stack for stack in outermost if len(stack) == there]
+    if layers and not stacks:
         raise ConfigError(f"--freeze_except_last {layers}: this encoder's layers share their weights; 0 freezes them")
-    return list(stack)[there - layers :]
+    return [layer for stack in stacks for layer in stack[there - layers :]]
 
 
 MODEL_TYPES: dict[str, Callable[..., RecurrentRoBERTa | TransformerClassifier]] = {
@@ -157,7 +160,7 @@ def check_encoder(settings: Settings, start: PreTrainedModel | None) -> None:
     Raises:
         ModelError, ConfigError: as `build_model`, but before a corpus is read and cut for it.
     """
-    if settings.model_type == "transformer":
+    if MODEL_TYPES[settings.model_type] is not build_reberta:
         return
     if start is None:
         source = find_encoder(settings.model_path or DEFAULT_ENCODER)

@@ -125,9 +125,20 @@ def test_a_negative_number_is_a_value():
 
 
 def test_several_paths_and_none():
-    settings = parse_settings(["--train_path", "a.jsonl", "b.csv", "--max_len", "none"])
-    assert settings.train_path == ("a.jsonl", "b.csv")
+    settings = parse_settings(["--train_path", "a.jsonl", "b.csv", "--max_len", "none", "--train_path", "c.jsonl"])
+    assert settings.train_path == ("a.jsonl", "b.csv", "c.jsonl")
     assert settings.max_len is None
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "x.yaml").write_text("train_path: [~/a.jsonl, b~.jsonl]\nmodel_path: ~/encoder\n")
+    settings = parse_settings([f"--config={tmp_path}/x.yaml", "--output_dir=~/run", "--resume=~/run/checkpoint-2"])
+    assert settings.train_path == ("/home/me/a.jsonl", "b~.jsonl")
+    assert settings.model_path == "/home/me/encoder"
+    assert settings.output_dir == "/home/me/run"
+    assert settings.resume == "/home/me/run/checkpoint-2"
+    assert settings.cache_dir == "/home/me/.cache/reberta"
 
 
 def test_all_faults_are_reported_at_once(tmp_path):

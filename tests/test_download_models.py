@@ -340,6 +340,11 @@ def test_hub_through_a_mirror(hub: Hub, tmp_path: Path) -> None:
     assert not [path for path in hub.requests if "pytorch_model.bin" in path or "modeling.py" in path]
     assert isinstance(AutoModel.from_pretrained(folder), RobertaModel)
     assert AutoTokenizer.from_pretrained(folder).cls_token_id == 2
+    [snapshot] = tmp_path.rglob(f"snapshots/{COMMIT}")
+    (snapshot / "pytorch_model.bin").write_bytes(b"that another program put there")
+    again = run_script("--model", "org/tiny", "--output_dir", tmp_path / "2", home=tmp_path, endpoint=hub.endpoint)
+    assert again.returncode == 0, again.stderr
+    assert {path.name for path in (tmp_path / "2" / "org" / "tiny").iterdir()} == SAVED
 
 
 def test_hub_encoder_without_safetensors(hub: Hub, tmp_path: Path) -> None:

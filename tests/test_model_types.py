@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModel, XLMConfig
 
 from main import main
 from models.checkpoint import load_model_and_config
 from models.reberta import RecurrentRoBERTa
+from models.registry import freeze_except_last
 from models.transformer import TransformerClassifier
 from tests.conftest import write_corpus
 
@@ -107,6 +109,14 @@ def test_frozen_layers_stay_what_they_were(train, encoder_folder, level):
     shutil.rmtree(run / "checkpoint-6")
     train(flags, "run")
     assert all(torch.equal(final(run)[name], value) for name, value in after.items())
+
+
+def test_the_last_layer_is_whole_where_its_parts_lie_in_lists_of_their_own():
+    encoder = AutoModel.from_config(XLMConfig(vocab_size=20, n_layers=3, n_heads=2, emb_dim=8))
+    freeze_except_last(encoder, 1)
+    trained = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name, _ in encoder.named_parameters() if name.split(".")[1] == "2"}
+    assert {name.split(".")[0] for name in trained} == {"attentions", "layer_norm1", "ffns", "layer_norm2"}
 
 
 def test_more_layers_than_there_are(train, capsys):

@@ -425,6 +425,8 @@ def test_multi_label(run, tmp_path):
     assert all(0 < threshold < 1 for threshold in model.config.thresholds)
     losses = {name: row[name] for row in rows(trained) for name in ("loss", "eval_loss") if name in row}
     assert losses["eval_loss"] == pytest.approx(losses["loss"], rel=0.5)  # both are means over documents and labels
+    further = run(f"--model_path {trained.best_model} --epochs 1", "further")  # problem type and columns are learned
+    assert load_model_and_config(further.best_model).settings["problem_type"] == "multi_label"
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -476,6 +478,7 @@ def test_balanced_class_weights():
     single = np.array([0] * 11 + [1] * 6)
     torch.testing.assert_close(class_weights(settings, Imbalanced(single)), torch.tensor([17 / 22, 17 / 12]))
     torch.testing.assert_close(class_weights(settings, Imbalanced(np.eye(2)[single])), torch.tensor([6 / 11, 11 / 6]))
+    torch.testing.assert_close(class_weights(settings, Imbalanced(np.ones((4, 1)))), torch.tensor([1.0]))
     assert class_weights(parse_settings([]), Imbalanced(single)) is None
     without_early = class_weights(settings, Imbalanced(np.ones(5, dtype=int)))  # as --sample_data may leave them
     torch.testing.assert_close(without_early, torch.ones(2))

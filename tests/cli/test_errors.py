@@ -221,6 +221,13 @@ def test_default_sets_beside_data_of_ones_own_are_named(fails):
     assert "--test_path is not given: test documents are those of data/validation" in console
 
 
+def test_the_default_training_set_beside_validation_data_of_ones_own_is_named(fails):
+    own = "--config tiny.yaml --val_path data/evaluation/evaluation.jsonl --mode train_steps --total_steps 1"
+    _, console = fails(f"{own} --output_dir logs/own_validation")
+    assert "--train_path is not given: train documents are those of data/train" in console
+    assert "--val_path is not given" not in console
+
+
 def test_training_that_was_to_be_an_evaluation_says_so(fails):
     """`--mode evaluate` left out: the model is trained on, and nothing else would tell."""
     _, console = fails("--config tiny.yaml --test_path data/validation --train_path none --output_dir logs/mode")

@@ -117,7 +117,9 @@ def test_files_of_one_name_in_two_folders_make_distinct_ids(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda folder: folder / "none.jsonl", "no such file"),
+        (lambda folder: folder / "none.jsonl", "no such file; check the path"),
+        (lambda folder: (folder / "part.parquet").mkdir() or folder, r"part\.parquet: is a folder beside data files"),
+        (lambda folder: (folder / "x.jsonl").symlink_to("none") or folder, r"x\.jsonl: no such file; check the path"),
         (lambda folder: [], "no data file was given"),
         (lambda folder: folder, r"holds no \*\.jsonl, \*\.csv, \*\.parquet file"),
         (lambda folder: write_jsonl(folder / "x.txt", [GOOD]), "unknown ending '.txt'; data files end in .jsonl"),

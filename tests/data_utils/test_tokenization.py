@@ -76,7 +76,8 @@ def test_no_more_than_one_batch_is_read_ahead(bert, monkeypatch):
     taken = []
     documents = ((number, "war") for number in range(100) if not taken.append(number))
     ahead = [len(taken) - 1 - key for key, _ in tokenize(bert, documents)]
-    assert ahead == [19 - number % 10 for number in range(90)] + [9 - number for number in range(10)]
+    assert len(ahead) == 100
+    assert all(count <= 19 - number % 10 for number, count in enumerate(ahead))
 
 
 def test_a_tokenizer_that_does_not_split_at_spaces_reads_texts_whole(roberta):

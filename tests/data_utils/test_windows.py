@@ -13,7 +13,7 @@ from data_utils.windows import (
     content_positions,
     cut_windows,
     flat_windows,
-    window_count,
+    window_counts,
 )
 from tests.data_utils.conftest import SAMPLE, random_text
 from utils import ConfigError
@@ -52,7 +52,7 @@ def test_joined_windows_are_the_document_for_every_length(overlap):
     for length in range(60):
         tokens = np.arange(1000, 1000 + length, dtype=np.int32)
         input_ids, attention_mask = cut_windows(tokens, 8, CLS, SEP, PAD, overlap)
-        assert input_ids.shape == attention_mask.shape == (window_count(length, 8, overlap), 8)
+        assert input_ids.shape == attention_mask.shape == (window_counts(length, 8, overlap), 8)
         assert input_ids.dtype == attention_mask.dtype == np.int32
         assert joined(input_ids, attention_mask, overlap).tolist() == tokens.tolist()
         assert (input_ids[:, 0] == CLS).all()
@@ -88,7 +88,7 @@ def test_windows_are_those_of_transformers(tokenizer, overlap, words):
 def test_max_windows_keeps_the_beginning():
     read = Reading(8, window_overlap=2, max_windows=3).positions(100)
     input_ids, attention_mask = cut_windows(read, 8, CLS, SEP, PAD, overlap=2)
-    assert len(input_ids) == window_count(14, 8, 2) == 3
+    assert len(input_ids) == window_counts(14, 8, 2) == 3
     assert joined(input_ids, attention_mask, 2).tolist() == list(range(capacity(3, 8, 2))) == list(range(14))
 
 

@@ -198,13 +198,28 @@ def test_auto_is_what_is_free_within_the_containers_limit(monkeypatch, tmp_path)
     settings, cpu = parse_settings(["--max_memory", "auto"]), torch.device("cpu")
     monkeypatch.setattr(memory_plan, "held_memory", lambda device: 100)
     monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1000))
-    monkeypatch.setattr(memory_plan, "CGROUP_LIMITS", (str(tmp_path / "memory.max"), str(tmp_path / "none")))
+    monkeypatch.setattr(memory_plan, "OWN_CGROUPS", tmp_path / "own")
+    monkeypatch.setattr(memory_plan, "CGROUPS", tmp_path / "fs")
     assert memory_budget(settings, cpu, 1) == 1100
-    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "own").write_text("4:memory:/job/step\n3:cpu,cpuacct:/\n0::/user/me\n")
     assert memory_budget(settings, cpu, 1) == 1100
-    (tmp_path / "memory.max").write_text("800\n")
-    assert memory_budget(settings, cpu, 1) == 800
-    assert memory_budget(settings, cpu, 2) == 400
+    group(tmp_path / "fs/user/me", "max", "current", 500, "max")
+    assert memory_budget(settings, cpu, 1) == 1100
+    group(tmp_path / "fs/user", "max", "current", 500, 1000)
+    assert memory_budget(settings, cpu, 1) == 100 + 1000 - 500 + 50
+    assert memory_budget(settings, cpu, 2) == 100 + (1000 - 500 + 50) / 2
+    group(tmp_path / "fs/memory/job", "limit_in_bytes", "usage_in_bytes", 700, 2**63 - 4096, "total_")
+    assert memory_budget(settings, cpu, 1) == 100 + 1000 - 500 + 50
+    group(tmp_path / "fs/memory/job/step", "limit_in_bytes", "usage_in_bytes", 700, 800, "total_")
+    assert memory_budget(settings, cpu, 1) == 100 + 800 - 700 + 50
+
+
+def group(folder: Path, limit: str, usage: str, used: int, most: int | str, prefix: str = "") -> None:
+    """A control group of which 50 bytes are files that may be dropped."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"memory.{limit}").write_text(f"{most}\n")
+    (folder / f"memory.{usage}").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 3\n{prefix}inactive_file 50\n")
 
 
 def log(name: str) -> str:

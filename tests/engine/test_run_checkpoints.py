@@ -149,7 +149,13 @@ def test_a_finished_run_is_not_trained_further(start):
         run = start(flags, name)
         before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if "checkpoint-" in str(path)}
         metrics = (run / "metrics.jsonl").read_text()
-        start(flags, name)
+        environments = [json.loads((run / "environment.json").read_text())]
+        for _ in range(2):
+            start(flags, name)
+            environments.append(json.loads((run / "environment.json").read_text()))
+        data, earlier = environments[0].pop("data"), environments[-1]["earlier"]
+        assert [environment["data"] for environment in environments[1:]] == [data, data]
+        assert earlier == [environments[0], {n: v for n, v in environments[1].items() if n not in ("data", "earlier")}]
         assert "the run is at its end already" in (run / "train.log").read_text()
         assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if "checkpoint-" in str(path)} == before
         assert (run / "metrics.jsonl").read_text() == metrics

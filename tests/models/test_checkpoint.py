@@ -16,6 +16,7 @@ from transformers import AutoModelForSequenceClassification, ModernBertConfig, P
 
 from data_utils.tokenization import load_tokenizer
 from models.checkpoint import (
+    checkpoint_hash,
     is_checkpoint,
     load_all,
     load_checkpoint_tokenizer,
@@ -71,7 +72,9 @@ def test_the_folder_holds_exactly_these_files(folder):
 
 @pytest.mark.parametrize("form", ["", "model.pt"])
 def test_load_gives_the_same_model_settings_and_label_maps(folder, expected, form):
+    random_state = torch.get_rng_state()
     model, settings, maps = load_model_and_config(folder / form)
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert torch.equal(_logits(model), expected)
     assert model.config.calibration_temperature == 1.7
     assert settings == SETTINGS
@@ -217,6 +220,11 @@ def test_rubbish_is_refused(folder, tmp_path):
         load_model_and_config(tmp_path / "other.pt")
     with pytest.raises(ModelError, match="no such checkpoint"):
         load_model_and_config(tmp_path / "missing.pt")
+    (folder / "tokenizer_config.json").rename(folder / "gone")
+    for load in (load_model_and_config, checkpoint_hash):
+        with pytest.raises(ModelError, match=r"tokenizer_config\.json missing"):
+            load(folder)
+    (folder / "gone").rename(folder / "tokenizer_config.json")
     (folder / "model.safetensors").write_bytes(b"cut")
     with pytest.raises(ModelError, match="is damaged"):
         load_model_and_config(folder)
