@@ -26,6 +26,7 @@ FIXED: dict[str, dict[str, Any]] = {
         "aggregation": "mean",
         "encoder_layers": None,
         "pooling": "mean",
+        "window_weights": "equal",
         "position_encoding": "absolute",
         "window_overlap": 0,
         "max_memory": None,

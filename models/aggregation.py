@@ -1,6 +1,7 @@
 """From window states to the document state: `encoder`, `transformer`, `attention`, `mean` or `max`.
 
-Shapes: B documents, N windows, D hidden size. A window counts only where `exists_BN` is true.
+Shapes: B documents, N windows, D hidden size. A window counts only where `exists_BN` is true, or by `weights_BN`, which
+are 0 where there is none.
 """
 
 from __future__ import annotations
@@ -11,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 AGGREGATIONS = ("encoder", "transformer", "attention", "mean", "max")
+WEIGHTED = ("encoder", "transformer", "mean")  # those that take a mean of window states
 ADDED = (".self_attn.out_proj", ".linear2")  # what makes the states that a Transformer's layer adds
 
 
-def masked_mean(states_BND: Tensor, exists_BN: Tensor) -> Tensor:
-    """Mean of a document's existing windows, or of a window's tokens, [B, D]."""
-    weights_BN1 = exists_BN.unsqueeze(-1).to(states_BND.dtype)
+def masked_mean(states_BND: Tensor, weights_BN: Tensor) -> Tensor:
+    """Mean of a document's windows, or of a window's tokens, by a mask or other weights, [B, D]."""
+    weights_BN1 = weights_BN.unsqueeze(-1).to(states_BND.dtype)
     return (states_BND * weights_BN1).sum(1) / weights_BN1.sum(1)
 
 
@@ -53,13 +55,13 @@ class TransformerAggregation(nn.Module):
             transformer_layer(hidden_size, heads, 4 * hidden_size, dropout, norm_first=True) for _ in range(2)
         )
 
-    def forward(self, states_BND: Tensor, exists_BN: Tensor) -> Tensor:
+    def forward(self, states_BND: Tensor, weights_BN: Tensor) -> Tensor:
         places_N = torch.arange(states_BND.shape[1], device=states_BND.device)
         places_ND = sinusoids(places_N, states_BND.shape[-1])
         hidden_BND = states_BND + places_ND
         for layer in self.layers:
-            hidden_BND = layer(hidden_BND, src_key_padding_mask=~exists_BN)
-        return masked_mean(hidden_BND - places_ND, exists_BN)
+            hidden_BND = layer(hidden_BND, src_key_padding_mask=weights_BN == 0)
+        return masked_mean(hidden_BND - places_ND, weights_BN)
 
 
 def transformer_layer(
@@ -98,21 +100,21 @@ class EncoderAggregation(nn.Module):
         self,
         states_BND: Tensor,
         normed_states_BND: Tensor,
-        exists_BN: Tensor,
+        weights_BN: Tensor,
         cls_D: Tensor,
         sep_D: Tensor,
         encode: Callable[[Tensor, Tensor], Tensor],
     ) -> Tensor:
         """`encode` maps embeddings [B, N + 2, D] and a mask [B, N + 2] to g [B, D]."""
         batch, windows, size = normed_states_BND.shape
-        count_B = exists_BN.sum(1)
+        count_B = (weights_BN > 0).sum(1)
         # existing windows are at the front, so that [G_SEP] follows the last one at once, as after any sentence
         content = torch.cat([normed_states_BND, normed_states_BND.new_zeros(batch, 1, size)], dim=1)
-        at_end_BN1 = torch.arange(windows + 1, device=exists_BN.device) == count_B.unsqueeze(1)
+        at_end_BN1 = torch.arange(windows + 1, device=weights_BN.device) == count_B.unsqueeze(1)
         content = torch.where(at_end_BN1.unsqueeze(-1), sep_D, content)
         sequence = torch.cat([cls_D.expand(batch, 1, size), content], dim=1)
-        mask = torch.arange(windows + 2, device=exists_BN.device) < (count_B + 2).unsqueeze(1)
-        return self.join(encode(sequence, mask.long()), masked_mean(states_BND, exists_BN))
+        mask = torch.arange(windows + 2, device=weights_BN.device) < (count_B + 2).unsqueeze(1)
+        return self.join(encode(sequence, mask.long()), masked_mean(states_BND, weights_BN))
 
     def join(self, output_BD: Tensor, mean_BD: Tensor) -> Tensor:
         """The document state of the encoder's output g and the mean of the window states, all [B, D]."""

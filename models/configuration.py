@@ -19,6 +19,7 @@ except ImportError:
 
 
 POOLINGS = ("cls", "mean")
+WINDOW_WEIGHTS = ("equal", "tokens")
 CARRIES = ("gru", "gated", "residual", "none")
 
 
@@ -59,6 +60,7 @@ class ReBertaConfig(DocumentConfig):
     global_alpha: float | None = None
     gate_bias: float = 0.0
     aggregation: str = "encoder"
+    window_weights: str = "equal"
     position_encoding: str = "absolute"
     attention_dropout: float = 0.0
     window_loss: float = 0.0
@@ -104,6 +106,7 @@ class ReBertaConfig(DocumentConfig):
             ("pooling", POOLINGS),
             ("carry", CARRIES),
             ("aggregation", AGGREGATIONS),
+            ("window_weights", WINDOW_WEIGHTS),
             ("position_encoding", ("absolute", "rope")),
             ("memory_level", ("auto", 0, 1, 2)),
         ):

@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 
 from config import Settings
 from files import made_up_folder
-from models.aggregation import masked_max, masked_mean
+from models.aggregation import WEIGHTED, masked_max, masked_mean
 from models.checkpoint import load_all
 from models.encoder import max_window_size
 from models.reberta import RecurrentRoBERTa
@@ -89,6 +89,7 @@ def write_folder(model: RecurrentRoBERTa, tokenizer: PreTrainedTokenizerBase, fo
         **{name: getattr(config, name) for name in (*fields, *decisions)},
         **{name: getattr(tokenizer, name) for name in ("cls_token_id", "sep_token_id", "pad_token_id")},
         "positions": max_window_size(model.encoder),
+        "weighs_windows": _weighs_windows(model),
         "labels": [config.id2label[index] for index in range(config.num_labels)],
     }
     (folder / "config.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -105,14 +106,16 @@ def _write_graphs(model: RecurrentRoBERTa, folder: Path) -> None:
         "states": torch.randn(2, 5, size),
         # one tensor for several of them would tie these inputs to each other
         "memory": torch.randn(2, 5, size),
+        "weights": torch.randint(1, 9, (2, 5)),
         **{name: torch.randn(2, width) for name in ("cls", "fused")},
         **{name: torch.randn(2, size) for name in ("output", "carried", "aggregate")},
     }
-    beside = [
-        name
-        for name, is_there in (("aggregate", config.aggregation == "encoder"), ("memory", config.carry == "gru"))
-        if is_there
-    ]
+    parts = {
+        "weights": _weighs_windows(model),
+        "aggregate": config.aggregation == "encoder",
+        "memory": config.carry == "gru",
+    }
+    beside = [name for name, is_there in parts.items() if is_there]
     graphs: list[tuple[str, Callable[..., Any], list[str], list[str]]] = [
         ("encoder", _encode, ["embeddings", "attention_mask"], ["output"]),
         ("carry", _carry, ["output", "fused", "carried"], ["state", "content", "carried_on"]),
@@ -178,20 +181,25 @@ def _carry(
 
 
 def _head(model: RecurrentRoBERTa, states_BND: Tensor, *beside: Tensor) -> tuple[Tensor, Tensor]:
-    """`beside`: what the encoder makes of the sequence of states [B, D], where it is the encoder that aggregates, and
-    the memory after each window [B, N, D], where the cell is a `gru`."""
+    """`beside`: the windows' tokens [B, N], where they are weighed by these; what the encoder makes of the sequence of
+    states [B, D], where it is the encoder that aggregates; the memory after each window [B, N, D], with a `gru`."""
     exists_BN = torch.ones(states_BND.shape[:2], dtype=torch.bool)
+    weights_BN = beside[0] if _weighs_windows(model) else exists_BN
     if model.config.aggregation == "max":
         document_BD = masked_max(states_BND, exists_BN)
     elif model.config.aggregation in ("attention", "transformer"):
-        document_BD = model.aggregation(states_BND, exists_BN)
+        document_BD = model.aggregation(states_BND, weights_BN)
     else:
-        document_BD = masked_mean(states_BND, exists_BN)
+        document_BD = masked_mean(states_BND, weights_BN)
     if model.config.aggregation == "encoder":
         aggregation: Any = model.aggregation
-        document_BD = aggregation.join(beside[0], document_BD)
+        document_BD = aggregation.join(beside[int(_weighs_windows(model))], document_BD)
     document_BD = model._with_memory(document_BD, beside[-1] if model.config.carry == "gru" else None, exists_BN)
     return document_BD, model._head(document_BD)
+
+
+def _weighs_windows(model: RecurrentRoBERTa) -> bool:
+    return model.config.window_weights == "tokens" and model.config.aggregation in WEIGHTED
 
 
 def _compare(model: RecurrentRoBERTa, folder: Path) -> None:

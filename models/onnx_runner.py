@@ -119,11 +119,13 @@ class OnnxReBerta:
             contents.append(content_1D)
             memory.append(memory_1D)
         beside: list[Any] = []
+        if self.config["weighs_windows"]:
+            beside.append(np.array([[mask_L.sum() for _, mask_L in windows]]))
         if self.config["aggregation"] == "encoder":
             ids_L, mask_L = windows[0]
             first_1D, last_1D = self._embeddings_VD[ids_L[[0]]], self._embeddings_VD[ids_L[[mask_L.sum() - 1]]]
             sequence_1LD = np.stack([first_1D, *contents, last_1D], axis=1)
-            beside = [self._encode(sequence_1LD, np.ones(sequence_1LD.shape[1], dtype=np.int64))]
+            beside.append(self._encode(sequence_1LD, np.ones(sequence_1LD.shape[1], dtype=np.int64)))
         if self.config["carry"] == "gru":
             beside.append(np.stack(memory, axis=1))
         return self._head(np.stack(states, axis=1), *beside)

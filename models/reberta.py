@@ -343,13 +343,18 @@ class RecurrentRoBERTa(PreTrainedModel):
 
     def _aggregate(self, batch: Batch, states_BND: Tensor, exists_BN: Tensor) -> Tensor:
         """Document states [B, D], in fp32 under autocast."""
+        weights_BN = exists_BN
+        if self.config.window_weights == "tokens":
+            weights_BN = batch.attention_mask[:, : exists_BN.shape[1]].sum(-1)
         with torch.autocast(states_BND.device.type, enabled=False):
             if self.config.aggregation == "mean":
-                return masked_mean(states_BND, exists_BN)
+                return masked_mean(states_BND, weights_BN)
             if self.config.aggregation == "max":
                 return masked_max(states_BND, exists_BN)
-            if self.config.aggregation in ("attention", "transformer"):
+            if self.config.aggregation == "attention":
                 return self.aggregation(states_BND, exists_BN)
+            if self.config.aggregation == "transformer":
+                return self.aggregation(states_BND, weights_BN)
             if states_BND.shape[1] > self.positions - 2:
                 raise ConfigError(
                     f"{states_BND.shape[1]} windows; aggregation by this encoder takes at most {self.positions - 2}: "
@@ -363,7 +368,7 @@ class RecurrentRoBERTa(PreTrainedModel):
             return self.aggregation(
                 states_BND,
                 self.window_norm(states_BND),
-                exists_BN,
+                weights_BN,
                 cls_B1D,
                 sep_B1D,
                 lambda embeds, mask: self._encode(embeds.to(cls_B1D.dtype), mask, recompute),

@@ -21,7 +21,7 @@ from utils import ConfigError, ModelError, error_handler, logger
 
 ARCHITECTURE = (
     *("num_repeats", "encoder_layers", "pooling", "carry", "alpha", "gate_bias", "aggregation", "global_alpha"),
-    "position_encoding",
+    *("window_weights", "position_encoding"),
 )
 READING = ("window_size", "window_overlap", "max_windows", "max_len", "read")
 LEARNED = (*READING, "text_column", "label_column", "problem_type")  # of a saved model, where no option says otherwise

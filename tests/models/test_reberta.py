@@ -45,6 +45,24 @@ def test_equals_the_slow_twin(encoder_config, carry, aggregation, num_repeats):
     assert logits.std() > 0.05
 
 
+@pytest.mark.parametrize("num_repeats", [1, 2])
+@pytest.mark.parametrize("aggregation", ["encoder", "transformer", "mean"])
+def test_windows_weighed_by_their_tokens_equal_the_slow_twin(encoder_config, aggregation, num_repeats):
+    options = {"aggregation": aggregation, "num_repeats": num_repeats}
+    model = build(encoder_config, **options, window_weights="tokens")
+    batch = dict(zip(("input_ids", "attention_mask"), documents(LENGTHS), strict=True))
+    torch.testing.assert_close(model(**batch).logits, twin_logits(model, **batch), atol=1e-5, rtol=0)
+    assert (model(**batch).logits - build(encoder_config, **options)(**batch).logits).abs().max() > 1e-3
+    _assert_same_gradients(model, batch)
+
+
+def test_a_short_window_weighs_as_little_as_it_is_long(encoder_config):
+    model = build(encoder_config, carry="none", aggregation="mean", window_weights="tokens")
+    hidden = model(*documents([[12, 4]])).hidden_states
+    first, last = hidden.window_states[0]
+    torch.testing.assert_close(hidden.document_state[0], (12 * first + 4 * last) / 16, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("carry", ["gru", "residual", "none"])
 @pytest.mark.parametrize("kind", ["roberta", "bert", "distilbert"])
 def test_the_mean_of_tokens_equals_the_slow_twins(kind, carry):

@@ -80,21 +80,25 @@ def _gru(cell: nn.GRUCell, state: Tensor, memory: Tensor) -> Tensor:
 
 def _aggregate(model: RecurrentRoBERTa, windows: list[Tensor], states: list[Tensor]) -> Tensor:
     stacked = torch.stack(states)
+    weights = torch.ones(len(windows))
+    if model.config.window_weights == "tokens":
+        weights = torch.tensor([float(len(window)) for window in windows])
+    weights = weights / weights.sum()
     aggregation: Any = getattr(model, "aggregation", None)
     if model.config.aggregation == "mean":
-        return stacked.mean(0)
+        return weights @ stacked
     if model.config.aggregation == "max":
         return stacked.amax(0)
     if model.config.aggregation == "attention":
         scores = torch.tanh(aggregation.projection(stacked)) @ aggregation.query
         return scores.softmax(0) @ stacked
     if model.config.aggregation == "transformer":
-        return _small_transformer(aggregation, stacked).mean(0)
+        return weights @ _small_transformer(aggregation, stacked)
     embed = model.encoder.get_input_embeddings()
     sequence = torch.cat([embed(windows[0][:1]), model.window_norm(stacked), embed(windows[0][-1:])])
     g = _pooled(model, model.encoder(inputs_embeds=sequence[None]))
     a = aggregation.alpha
-    return a * g + (1 - a) * stacked.mean(0)
+    return a * g + (1 - a) * (weights @ stacked)
 
 
 def _small_transformer(aggregation: Any, states: Tensor) -> Tensor:
