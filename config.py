@@ -144,10 +144,10 @@ class ModelOptions(Options):
     aggregation: Literal["encoder", "transformer", "attention", "mean", "max"] = Field(
         "encoder", description="how window states become the document's state"
     )
-    window_weights: Literal["equal", "tokens"] = Field(
-        "equal",
-        description="how windows count in the mean of their states: all alike, or by their tokens, so that a short "
-        "last one says little",
+    window_weights: Literal["tokens", "equal"] = Field(
+        "tokens",
+        description="how windows count in the mean of their states: by their tokens, so that a short last one says "
+        "little, or all alike",
     )
     position_encoding: Literal["absolute", "rope"] = Field(
         "absolute", description="the encoder's learned positions, or rotary ones in their place"

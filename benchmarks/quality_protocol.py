@@ -53,6 +53,7 @@ COMMON: Options = {
     "save_total_limit": 1,
     "log_steps": 50,
     "device": "cpu",
+    "window_weights": "equal",  # as all were when these runs were made
 }
 LRS = (3e-5, 1e-4, 3e-4)
 LRS_FROM_SCRATCH = (3e-4, 1e-3, 3e-3)
@@ -94,7 +95,7 @@ MODELS = {
     "tobert": Model({"model_type": "tobert", "fresh_lr_factor": 1}, LRS),
     "head": Model({"model_type": "head", **ONE_WINDOW}, LRS, longer=AS_MANY_TOKENS),
     LINEAR: Model({}, (None,)),
-    "max": Model({"model_type": "max"}, LRS, everywhere=False),
+    "max": Model({"model_type": "max", "window_weights": None}, LRS, everywhere=False),
     "head_tail": Model({"model_type": "head_tail", **ONE_WINDOW}, LRS, everywhere=False, longer=AS_MANY_TOKENS),
     "random_windows": Model(
         {"model_type": "random_windows", "max_windows": 4, "train_windows": None},
@@ -121,7 +122,7 @@ VARIANTS: dict[str, Options] = {
     "num_repeats 3": {"num_repeats": 3},
     "aggregation attention": {"aggregation": "attention"},
     "aggregation mean": {"aggregation": "mean"},
-    "aggregation max": {"aggregation": "max"},
+    "aggregation max": {"aggregation": "max", "window_weights": None},
     "aggregation transformer": {"aggregation": "transformer"},
     "global_alpha 0.8": {"global_alpha": 0.8},
     "gate_bias -4": {"gate_bias": -4},
@@ -152,7 +153,7 @@ TWO_WINDOWS: Options = {"window_size": 2 * synthetic_suite.WINDOW_SIZE, "max_win
 SYNTHETIC_MODELS: dict[tuple[str, str], Model] = {
     (OURS, ""): Model({"model_type": "reberta", "carry": "gru"}, SYNTHETIC_LRS),
     ("mean", ""): Model({"model_type": "mean"}, SYNTHETIC_LRS),
-    ("max", ""): Model({"model_type": "max"}, SYNTHETIC_LRS),
+    ("max", ""): Model({"model_type": "max", "window_weights": None}, SYNTHETIC_LRS),
     ("tobert", ""): Model({"model_type": "tobert"}, SYNTHETIC_LRS),
     ("head", ""): Model({"model_type": "head", **TWO_WINDOWS}, SYNTHETIC_LRS),
     ("head_tail", ""): Model({"model_type": "head_tail", **TWO_WINDOWS}, SYNTHETIC_LRS),

@@ -1,7 +1,6 @@
 """From window states to the document state: `encoder`, `transformer`, `attention`, `mean` or `max`.
 
-Shapes: B documents, N windows, D hidden size. A window counts only where `exists_BN` is true, or by `weights_BN`, which
-are 0 where there is none.
+Shapes: B documents, N windows, D hidden size. `weights_BN` say how much a window counts, 0 where there is none.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 AGGREGATIONS = ("encoder", "transformer", "attention", "mean", "max")
-WEIGHTED = ("encoder", "transformer", "mean")  # those that take a mean of window states
 ADDED = (".self_attn.out_proj", ".linear2")  # what makes the states that a Transformer's layer adds
 
 
@@ -28,17 +26,20 @@ def masked_max(states_BND: Tensor, exists_BN: Tensor) -> Tensor:
 
 
 class AttentionAggregation(nn.Module):
-    """Additive attention over window states (Yang et al. 2016, eq. 8-10). Its query starts at zero: a plain mean."""
+    """Additive attention over window states (Yang et al. 2016, eq. 8-10), times their weights.
+
+    Its query starts at zero: a mean.
+    """
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()
         self.projection = nn.Linear(hidden_size, hidden_size)
         self.query = nn.Parameter(torch.zeros(hidden_size))
 
-    def forward(self, states_BND: Tensor, exists_BN: Tensor) -> Tensor:
+    def forward(self, states_BND: Tensor, weights_BN: Tensor) -> Tensor:
         scores_BN = torch.tanh(self.projection(states_BND)) @ self.query
-        weights_BN = scores_BN.masked_fill(~exists_BN, -torch.inf).softmax(-1)
-        return torch.einsum("bn,bnd->bd", weights_BN, states_BND)
+        shares_BN = (scores_BN + weights_BN.log()).softmax(-1)
+        return torch.einsum("bn,bnd->bd", shares_BN, states_BND)
 
 
 class TransformerAggregation(nn.Module):

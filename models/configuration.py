@@ -19,7 +19,7 @@ except ImportError:
 
 
 POOLINGS = ("cls", "mean")
-WINDOW_WEIGHTS = ("equal", "tokens")
+WINDOW_WEIGHTS = ("tokens", "equal")
 CARRIES = ("gru", "gated", "residual", "none")
 
 
@@ -60,7 +60,7 @@ class ReBertaConfig(DocumentConfig):
     global_alpha: float | None = None
     gate_bias: float = 0.0
     aggregation: str = "encoder"
-    window_weights: str = "equal"
+    window_weights: str = "tokens"
     position_encoding: str = "absolute"
     attention_dropout: float = 0.0
     window_loss: float = 0.0
@@ -70,6 +70,11 @@ class ReBertaConfig(DocumentConfig):
         if isinstance(self.encoder_config, dict):
             self.encoder_config = AutoConfig.for_model(**self.encoder_config)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As it was saved; before there were `window_weights`, all windows counted alike."""
+        return super().from_dict({"window_weights": "equal", **config_dict}, **kwargs)
 
     def check(self, encoder: PreTrainedModel) -> None:
         """Raises ConfigError with all that this encoder cannot do."""

@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 
 from config import Settings
 from files import made_up_folder
-from models.aggregation import WEIGHTED, masked_max, masked_mean
+from models.aggregation import masked_max, masked_mean
 from models.checkpoint import load_all
 from models.encoder import max_window_size
 from models.reberta import RecurrentRoBERTa
@@ -199,7 +199,7 @@ def _head(model: RecurrentRoBERTa, states_BND: Tensor, *beside: Tensor) -> tuple
 
 
 def _weighs_windows(model: RecurrentRoBERTa) -> bool:
-    return model.config.window_weights == "tokens" and model.config.aggregation in WEIGHTED
+    return model.config.window_weights == "tokens" and model.config.aggregation != "max"
 
 
 def _compare(model: RecurrentRoBERTa, folder: Path) -> None:

@@ -351,9 +351,7 @@ class RecurrentRoBERTa(PreTrainedModel):
                 return masked_mean(states_BND, weights_BN)
             if self.config.aggregation == "max":
                 return masked_max(states_BND, exists_BN)
-            if self.config.aggregation == "attention":
-                return self.aggregation(states_BND, exists_BN)
-            if self.config.aggregation == "transformer":
+            if self.config.aggregation in ("attention", "transformer"):
                 return self.aggregation(states_BND, weights_BN)
             if states_BND.shape[1] > self.positions - 2:
                 raise ConfigError(

@@ -181,7 +181,7 @@ def test_all_faults_are_reported_at_once(tmp_path):
         ("--mode predict --model_path m --input_path x --output_path logs/.csv", "must end in .csv or .jsonl"),
         ("--alpha 0.5", "belongs to --carry residual"),
         ("--global_alpha 0.5 --aggregation mean", "belongs to --aggregation encoder"),
-        ("--window_weights tokens --aggregation max", "--window_weights tokens does not go with --aggregation max"),
+        ("--window_weights tokens --aggregation max", "--window_weights does not go with --aggregation max"),
         ("--window_overlap 254", "--window_overlap must be less"),
         ("--gpu_memory_fraction 0.5 --device cpu", "does not go with --device cpu"),
         ("--gate_bias 1 --carry none", "--gate_bias does not go with --carry none"),

@@ -498,7 +498,7 @@ def test_tensorboard_and_what_is_not_installed(run):
         ("--carry residual --alpha 0.6 --gate_bias -2", {"carry": "residual", "alpha": 0.6, "gate_bias": -2.0}),
         ("--carry gru --window_loss 0.5", {"carry": "gru", "window_loss": 0.5}),
         ("--aggregation attention --pooling mean", {"aggregation": "attention", "pooling": "mean"}),
-        ("--global_alpha 0.5 --window_weights tokens", {"global_alpha": 0.5, "window_weights": "tokens"}),
+        ("--global_alpha 0.5 --window_weights equal", {"global_alpha": 0.5, "window_weights": "equal"}),
         ("--position_encoding rope --encoder_layers 1", {"position_encoding": "rope", "encoder_layers": 1}),
         ("--memory_level 1", {"memory_level": 1}),
         ("--gradient_checkpointing", {"memory_level": 2}),

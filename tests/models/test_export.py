@@ -55,14 +55,15 @@ def torch_logits(model: RecurrentRoBERTa, ids: torch.Tensor, mask: torch.Tensor)
 @pytest.mark.parametrize(
     ("encoder", "num_repeats", "options"),
     [
-        ("roberta", 2, {"carry": "gated"}),
-        ("roberta", 2, {"carry": "gru", "pooling": "mean", "window_weights": "tokens"}),
-        ("bert", 1, {"carry": "gru", "aggregation": "mean", "window_weights": "tokens"}),
+        ("roberta", 2, {"carry": "gated", "window_weights": "equal"}),
+        ("roberta", 2, {"carry": "gru", "pooling": "mean"}),
+        ("bert", 1, {"carry": "gru", "aggregation": "mean"}),
         ("bert", 2, {"carry": "residual", "position_encoding": "rope"}),
+        ("bert", 1, {"carry": "none", "aggregation": "attention", "window_weights": "equal"}),
+        ("bert", 1, {"carry": "none", "aggregation": "attention"}),
         ("distilbert", 1, {"carry": "residual", "aggregation": "mean"}),
         ("roberta", 1, {"carry": "gated", "aggregation": "max", "position_encoding": "rope"}),
-        ("bert", 1, {"carry": "none", "aggregation": "transformer", "window_weights": "tokens"}),
-        ("roberta", 1, {"carry": "none", "aggregation": "max", "window_weights": "tokens"}),
+        ("bert", 1, {"carry": "none", "aggregation": "transformer"}),
         ("roberta", 1, {"carry": "none"}),
         ("albert", 2, {"carry": "gru"}),  # whose word embeddings are narrower than its states
     ],

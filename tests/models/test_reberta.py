@@ -46,10 +46,10 @@ def test_equals_the_slow_twin(encoder_config, carry, aggregation, num_repeats):
 
 
 @pytest.mark.parametrize("num_repeats", [1, 2])
-@pytest.mark.parametrize("aggregation", ["encoder", "transformer", "mean"])
-def test_windows_weighed_by_their_tokens_equal_the_slow_twin(encoder_config, aggregation, num_repeats):
+@pytest.mark.parametrize("aggregation", ["encoder", "transformer", "attention", "mean"])
+def test_windows_that_count_alike_equal_the_slow_twin(encoder_config, aggregation, num_repeats):
     options = {"aggregation": aggregation, "num_repeats": num_repeats}
-    model = build(encoder_config, **options, window_weights="tokens")
+    model = build(encoder_config, **options, window_weights="equal")
     batch = dict(zip(("input_ids", "attention_mask"), documents(LENGTHS), strict=True))
     torch.testing.assert_close(model(**batch).logits, twin_logits(model, **batch), atol=1e-5, rtol=0)
     assert (model(**batch).logits - build(encoder_config, **options)(**batch).logits).abs().max() > 1e-3
@@ -57,7 +57,7 @@ def test_windows_weighed_by_their_tokens_equal_the_slow_twin(encoder_config, agg
 
 
 def test_a_short_window_weighs_as_little_as_it_is_long(encoder_config):
-    model = build(encoder_config, carry="none", aggregation="mean", window_weights="tokens")
+    model = build(encoder_config, carry="none", aggregation="mean")
     hidden = model(*documents([[12, 4]])).hidden_states
     first, last = hidden.window_states[0]
     torch.testing.assert_close(hidden.document_state[0], (12 * first + 4 * last) / 16, atol=1e-6, rtol=0)
@@ -263,11 +263,12 @@ def test_fresh_model_is_its_own_mean_of_windows(encoder_config, carry, aggregati
     options = {"window_size": 12, "carry": carry, "aggregation": aggregation}
     model = RecurrentRoBERTa(num_classes=3, encoder=encoder_config, **options).eval()
     hidden = model(*documents([[12, 12, 5]])).hidden_states
-    torch.testing.assert_close(hidden.document_state, hidden.window_states.mean(1), atol=1e-6, rtol=0)
+    mean = torch.tensor([12, 12, 5]) / 29 @ hidden.window_states
+    torch.testing.assert_close(hidden.document_state, mean, atol=1e-6, rtol=0)
 
 
 def test_a_fixed_alpha_of_0_is_no_learned_one(encoder_config):
-    model = build(encoder_config, carry="none", aggregation="encoder", global_alpha=0.0)
+    model = build(encoder_config, carry="none", aggregation="encoder", global_alpha=0.0, window_weights="equal")
     hidden = model(*documents([[12, 12, 5]])).hidden_states
     torch.testing.assert_close(hidden.document_state, hidden.window_states.mean(1), atol=1e-6, rtol=0)
     assert not list(model.aggregation.parameters())

@@ -91,7 +91,8 @@ def _aggregate(model: RecurrentRoBERTa, windows: list[Tensor], states: list[Tens
         return stacked.amax(0)
     if model.config.aggregation == "attention":
         scores = torch.tanh(aggregation.projection(stacked)) @ aggregation.query
-        return scores.softmax(0) @ stacked
+        shares = weights * scores.exp()
+        return shares / shares.sum() @ stacked
     if model.config.aggregation == "transformer":
         return weights @ _small_transformer(aggregation, stacked)
     embed = model.encoder.get_input_embeddings()
