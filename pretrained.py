@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedTokenizerBase
 
 from utils import ModelError
 
@@ -43,6 +43,15 @@ def refuse_run_folder(folder: Path) -> None:
         raise ModelError(
             f"{folder}: is the folder of a run or one of its checkpoints; its best model is models/saved/{run.name}"
         )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: str | Path) -> None:
+    """Raises ModelError where windows cannot be made with it."""
+    if not tokenizer.is_fast:
+        raise ModelError(f"{source}: the tokenizer has no fast form (tokenizer.json); choose an encoder that has one")
+    missing = [token for token in ("cls_token", "sep_token", "pad_token") if getattr(tokenizer, token) is None]
+    if missing:
+        raise ModelError(f"{source}: the tokenizer has no {', '.join(missing)}; choose a BERT-like encoder")
 
 
 def _check_config(path: Path) -> None:

@@ -7,6 +7,7 @@ steps that `train_by_steps` hands it, and nothing else differs. The loop itself 
 from __future__ import annotations
 
 import math
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import str_to_bool
 from sklearn.utils.class_weight import compute_class_weight
 from torch import Tensor
 from transformers import (
@@ -266,6 +268,9 @@ def build_trainer(
     steps: int | None = None,
 ) -> ReBertaTrainer:
     """The engine, ready to train for `--epochs`, or for so many optimizer steps."""
+    for variable in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        if str_to_bool(os.environ.get(variable, "false")):
+            raise ConfigError(f"{variable} is set: FSDP and DeepSpeed are not supported; start with torchrun (DDP)")
     if settings.report_to != "none" and find_spec(settings.report_to) is None:
         raise ConfigError(f"--report_to {settings.report_to}: is not installed; pip install {settings.report_to}")
     args = _training_arguments(settings, run, device, resume_from, steps)
@@ -278,8 +283,6 @@ def build_trainer(
         args=args,
         optimizer_cls_and_kwargs=optimizer_type(settings, fp16=args.fp16),
     )
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        raise ConfigError("FSDP and DeepSpeed are not supported: start with torchrun, which trains by DDP")
     trainer.remove_callback(PrinterCallback)
     if trainer.pop_callback(ProgressCallback) is not None:
         trainer.add_callback(_Progress)

@@ -47,7 +47,7 @@ from data_utils.windows import (
     word_starts_at,
 )
 from files import atomic_path
-from utils import ConfigError, DataFormatError, logger
+from utils import ConfigError, DataFormatError, ModelError, logger
 
 __all__ = ["LongTextBatchSampler", "LongTextDataset", "Masking", "collate", "evaluation_loader", "load_tokenizer"]
 
@@ -127,6 +127,11 @@ class LongTextDataset(Dataset[dict[str, Any]]):
         if self.labels is not None:
             self.labels = self.labels[self._rows]
         self.token_counts = self._column("tokens").to_numpy()[self._rows]
+        if not self.token_counts.any():
+            raise ModelError(
+                f"{self.tokenizer.name_or_path}: the tokenizer finds no token in any of {len(self):,} documents; "
+                "its files are damaged"
+            )
         self.tokens_read = self._column("tokens_read").to_numpy()[self._rows]
         counts = window_counts(self.tokens_read, window_size, window_overlap)
         self._windows_read = counts

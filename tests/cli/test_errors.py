@@ -316,3 +316,18 @@ def test_going_on_from_a_model_reads_as_it_does(fails, project, trained):
         assert fails(f"{options} {option} --output_dir logs/{name}")[0] == 0
         config = json.loads((project / "models" / "saved" / name / "config.json").read_text())
         assert (config["max_windows"], config["window_size"]) == (windows, 12)
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("main.process_count", lambda: 2)
+    for mode in ("analyze", "export --model_path x"):
+        assert main(f"--mode {mode} --output_dir {tmp_path}/out".split()) == 2
+        assert "is done by one process; start it without torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variable", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_sharded_training_is_refused(fails, monkeypatch, variable):
+    monkeypatch.setenv(variable, "true")
+    code, console = fails(f"--config tiny.yaml --output_dir logs/{variable}")
+    assert code == 2
+    assert f"{variable} is set: FSDP and DeepSpeed are not supported" in console

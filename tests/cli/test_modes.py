@@ -139,9 +139,10 @@ def test_train_steps(project, command):
 def test_run_epoch_script(project, command):
     whole_run = "mode: train_and_evaluate\nepochs: 9\neval_every: 500\nnum_warmup_steps: 100\noutput_dir: logs/whole\n"
     (project / "whole.yaml").write_text((project / "tiny.yaml").read_text() + whole_run)
+    before = set((project / "logs").glob("reberta-*"))
     done = command(project, "--config whole.yaml --sample_data 8", script="run_epoch.py")
     assert done.returncode == 0, done.stderr
-    [folder] = (project / "logs").glob("reberta-*")
+    [folder] = set((project / "logs").glob("reberta-*")) - before
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if "loss" in row] == [1]
 

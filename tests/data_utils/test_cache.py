@@ -20,6 +20,7 @@ from data_utils.cache import DOCUMENTS, MANIFEST, QUARANTINE
 from data_utils.dataset import LongTextDataset, load_tokenizer
 from data_utils.overlap import text_hash
 from data_utils.windows import cut_windows, word_starts_at
+from tests.conftest import write_corpus
 from tests.data_utils.conftest import write_jsonl
 from utils import DataLoadError, ResourceError
 
@@ -256,3 +257,21 @@ def test_fifty_thousand_documents_do_not_stay_in_memory(tmp_path, tokenizer_fold
     assert large.stat().st_size - small.stat().st_size > 52e6
     assert max(file.stat().st_size for file in (tmp_path / "cache").rglob(DOCUMENTS)) > 43e6
     assert float(grown) < 30  # counts, labels and the order of the batches: about 0.2 kB a document; texts would be 52
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_windows": 2, "read": "head_tail"},
+        {"max_windows": 2, "read": "random"},
+        {"text_column": "id"},
+        {"label_column": "id"},
+    ],
+)
+def test_other_reading_or_columns_prepare_again(encoder_folder, tmp_path, monkeypatch, options):
+    read, reader = [], cache.checked_records
+    monkeypatch.setattr(cache, "checked_records", lambda files, *rest: read.append(files) or reader(files, *rest))
+    path = write_corpus(tmp_path / "x.jsonl", 6)
+    for more in ({}, {"max_windows": 2}, options, options):
+        LongTextDataset(path, model_name=encoder_folder, window_size=12, cache_dir=tmp_path / "cache", **more)
+    assert len(read) == 3

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
-from data_utils.dataset import LongTextBatchSampler
+from data_utils.dataset import LongTextBatchSampler, LongTextDataset, evaluation_loader
+from tests.conftest import write_corpus
 from utils import ConfigError
 
 
@@ -223,3 +224,12 @@ def test_all_faults_are_named_at_once():
         "2 documents cannot be shared",
     ):
         assert fault in str(error.value)
+
+
+def test_a_cap_holds_in_evaluation(encoder_folder, tmp_path):
+    documents = LongTextDataset(
+        write_corpus(tmp_path / "x.jsonl", 30), model_name=encoder_folder, window_size=12, cache_dir=tmp_path / "cache"
+    )
+    sizes = [batch["input_ids"].shape[:2] for batch in evaluation_loader(documents, 8, max_windows_per_batch=12)]
+    assert sum(b for b, _ in sizes) == 30
+    assert max(b * n for b, n in sizes) <= 12

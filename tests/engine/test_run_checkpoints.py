@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 from command_line import parse_settings
 from engine import trainer
 from engine.run_checkpoints import MANIFEST, checkpoints, fault, keep, newest_whole, step_of
+from engine.run_folder import RunFolder
+from main import main
 from tests.conftest import MODEL_CODE, write_corpus
 from train import train
 from train_by_steps import train_by_steps
@@ -300,3 +302,34 @@ def test_a_signal_at_any_step_changes_nothing(start, monkeypatch, eval_every):
         best = [load_file(Path("models/saved") / run / "model.safetensors") for run in (name, "reference")]
         assert all(torch.equal(best[0][key], best[1][key]) for key in best[0])
         assert rows(Path("logs") / name) == rows(reference)
+
+
+def test_a_second_signal_ends_at_once(tmp_path, monkeypatch, encoder_folder, capsys, blank_curves):
+    monkeypatch.chdir(tmp_path)
+    write_corpus(tmp_path / "train.jsonl", 22)
+    write_corpus(tmp_path / "val.jsonl", 6, seed=1)
+    on_step_end = trainer.EngineCallback.on_step_end
+
+    def twice(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        on_step_end(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(trainer.EngineCallback, "on_step_end", twice)
+    paths = (
+        f"--train_path train.jsonl --val_path val.jsonl --model_path {encoder_folder} --cache_dir cache --device cpu"
+    )
+    assert (
+        main(f"--epochs 1 --batch_size 8 --window_size 12 --probe_epochs 0 {paths} --output_dir logs/run".split())
+        == 143
+    )
+    assert "stopped by SIGTERM" in capsys.readouterr().err
+    assert not list(Path("logs/run").glob("checkpoint-*"))
+    assert json.loads(Path("logs/run/status.json").read_text())["state"] == "stopped"
+
+
+def test_status_while_at_work(tmp_path):
+    run = RunFolder(tmp_path)
+    with run.status():
+        assert json.loads((tmp_path / "status.json").read_text())["state"] == "running"

@@ -7,15 +7,24 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, ModernBertConfig
+from transformers import (
+    AutoModel,
+    CanineConfig,
+    ConvBertConfig,
+    FNetConfig,
+    ModernBertConfig,
+    NystromformerConfig,
+    YosoConfig,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from models.encoder import Dropout, _token_mean, load_encoder, token_lookup
+from models.encoder import Dropout, _token_mean, load_encoder, token_lookup, use_rotary_positions
 from models.quantization import quantize_int8
 from models.reberta import RecurrentRoBERTa
 from tests.conftest import PAD, SHAPE, tiny_encoder
 from tests.models.conftest import build, documents
 from tests.models.twin import twin_logits
+from utils import ConfigError
 
 
 def batch_of(lengths: list[list[int]]) -> dict[str, torch.Tensor]:
@@ -217,3 +226,22 @@ def test_bf16_attention_minds_a_causal_mask():
         query.float(), key.float(), value.float(), scale=0.3, is_causal=True
     )
     torch.testing.assert_close(ours.float(), expected.transpose(1, 2), atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "bert"])
+def test_what_rotary_attention_reads_does_not_depend_on_where_it_stands(kind):
+    encoder = load_encoder(tiny_encoder(kind), 0.0, 0.0).eval()
+    use_rotary_positions(encoder)
+    tokens, before = torch.randn(1, 10, 32), torch.randn(1, 4, 32)
+    mask = (torch.arange(14) >= 4).long()[None]
+    with torch.no_grad():
+        expected = encoder(inputs_embeds=tokens).last_hidden_state
+        shifted = encoder(inputs_embeds=torch.cat([before, tokens], 1), attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(shifted[:, 4:], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("kind", [CanineConfig, ConvBertConfig, FNetConfig, NystromformerConfig, YosoConfig])
+def test_an_encoder_that_reads_padding_is_refused(kind):
+    shape = {name: value for name, value in SHAPE.items() if kind is not CanineConfig or name != "vocab_size"}
+    with pytest.raises(ConfigError, match=f"what a '{kind.model_type}' reads depends on padding"):
+        build(kind(**shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -243,6 +244,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch, capsys):
 
 def test_graphs_that_compute_something_else_are_refused(model, folder, tmp_path, monkeypatch, capsys):
     """Nothing appears in `--output_dir` then."""
+    model = copy.deepcopy(model)
     save_checkpoint(model, word_tokenizer(), {}, tmp_path / "saved")
     monkeypatch.setattr("models.export.write_folder", lambda model, tokenizer, fresh: shutil.copytree(folder, fresh))
     arguments = ["--mode", "export", "--model_path", f"{tmp_path}/saved", "--output_dir", f"{tmp_path}/onnx"]
