@@ -185,6 +185,14 @@ def test_pipeline_from_elsewhere(folder, model, tokenizer, tmp_path):
     ]
 
 
+def test_windows_of_a_model_that_was_saved_before_they_had_weights_count_alike(folder, model):
+    config = json.loads((folder / "config.json").read_text())
+    assert config.pop("window_weights") == model.config.window_weights == "tokens"
+    (folder / "config.json").write_text(json.dumps(config))
+    for loaded in (load_model_and_config(folder).model, RecurrentRoBERTa.from_pretrained(folder)):
+        assert loaded.config.window_weights == "equal"
+
+
 def test_is_checkpoint(folder, tmp_path):
     assert is_checkpoint(folder)
     assert is_checkpoint("anything.pt")
