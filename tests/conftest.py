@@ -117,7 +117,9 @@ def run(tmp_path, monkeypatch, encoder_folder, blank_curves):
     write_corpus(tmp_path / "val.jsonl", 10, seed=1)
 
     def start(flags: str, name: str = "run"):
-        paths = f"--train_path train.jsonl --val_path val.jsonl --model_path {encoder_folder} --cache_dir cache"
+        files = {"--train_path": "train.jsonl", "--val_path": "val.jsonl"}  # where the flags name no others
+        paths = " ".join(f"{option} {file}" for option, file in files.items() if option not in flags)
+        paths += f" --model_path {encoder_folder} --cache_dir cache"
         argv = f"{FLAGS} {paths} --device cpu --output_dir logs/{name} {flags}".split()
         settings = parse_settings(_last_wins(argv))
         return train(settings) if settings.total_steps is None else train_by_steps(settings)
