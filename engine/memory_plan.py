@@ -229,13 +229,13 @@ def cgroup_rooms() -> Iterator[int]:
             continue
         root = CGROUPS / "memory" if controllers else CGROUPS
         limit, usage, droppable = CGROUP_V1_FILES if controllers else CGROUP_FILES
-        folder = root / place.strip("/")
-        for group in [folder, *folder.parents]:
-            if group.is_relative_to(root) and (group / limit).is_file():
-                most = (group / limit).read_text().strip()
-                if most != "max":
-                    statistics = dict(entry.split() for entry in (group / "memory.stat").read_text().splitlines())
-                    yield int(most) - int((group / usage).read_text()) + int(statistics[droppable])
+        own = root / place.strip("/")
+        groups = [group for group in (own, *own.parents) if group.is_relative_to(root) and (group / limit).is_file()]
+        for group in groups:
+            most = (group / limit).read_text().strip()
+            if most != "max":
+                statistics = dict(entry.split() for entry in (group / "memory.stat").read_text().splitlines())
+                yield int(most) - int((group / usage).read_text()) + int(statistics[droppable])
 
 
 def held_memory(device: torch.device) -> int:

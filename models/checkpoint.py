@@ -35,7 +35,7 @@ from transformers.initialization import no_init_weights
 from files import TEMPORARY, file_sha256, nearest, share_weights, writing_to
 from models.reberta import RecurrentRoBERTa
 from models.transformer import TransformerClassifier
-from pretrained import check_tokenizer, name_of_layer_count, refuse_run_folder
+from pretrained import checked_tokenizer, name_of_layer_count, refuse_run_folder
 from utils import ModelError, error_handler, validate_params
 
 FORMAT = 1
@@ -142,7 +142,7 @@ def load_checkpoint_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """
     path = _existing(path)
     if path.is_dir():
-        return _checked(AutoTokenizer.from_pretrained(path, trust_remote_code=False), path)
+        return checked_tokenizer(AutoTokenizer.from_pretrained(path, trust_remote_code=False), path)
     return _tokenizer(path, _read_file(path))
 
 
@@ -258,12 +258,7 @@ def _tokenizer(path: Path, content: dict[str, Any]) -> PreTrainedTokenizerBase:
             if not re.fullmatch(r"\w[\w.-]*", name):
                 raise ModelError(f"{path}: refuses to write the tokenizer file {name!r} outside of its folder")
             (Path(folder) / name).write_text(text, encoding="utf-8")
-        return _checked(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), path)
-
-
-def _checked(tokenizer: PreTrainedTokenizerBase, path: Path) -> PreTrainedTokenizerBase:
-    check_tokenizer(tokenizer, path)
-    return tokenizer
+        return checked_tokenizer(AutoTokenizer.from_pretrained(folder, trust_remote_code=False), path)
 
 
 def _training_texts(path: Path, content: dict[str, Any]) -> np.ndarray | None:

@@ -184,7 +184,8 @@ def _head(model: RecurrentRoBERTa, states_BND: Tensor, *beside: Tensor) -> tuple
     """`beside`: the windows' tokens [B, N], where they are weighed by these; what the encoder makes of the sequence of
     states [B, D], where it is the encoder that aggregates; the memory after each window [B, N, D], with a `gru`."""
     exists_BN = torch.ones(states_BND.shape[:2], dtype=torch.bool)
-    weights_BN = beside[0] if _weighs_windows(model) else exists_BN
+    parts = iter(beside)
+    weights_BN = next(parts) if _weighs_windows(model) else exists_BN
     if model.config.aggregation == "max":
         document_BD = masked_max(states_BND, exists_BN)
     elif model.config.aggregation in ("attention", "transformer"):
@@ -193,8 +194,8 @@ def _head(model: RecurrentRoBERTa, states_BND: Tensor, *beside: Tensor) -> tuple
         document_BD = masked_mean(states_BND, weights_BN)
     if model.config.aggregation == "encoder":
         aggregation: Any = model.aggregation
-        document_BD = aggregation.join(beside[int(_weighs_windows(model))], document_BD)
-    document_BD = model._with_memory(document_BD, beside[-1] if model.config.carry == "gru" else None, exists_BN)
+        document_BD = aggregation.join(next(parts), document_BD)
+    document_BD = model._with_memory(document_BD, next(parts, None), exists_BN)
     return document_BD, model._head(document_BD)
 
 

@@ -298,8 +298,8 @@ def test_resume_gives_the_same_weights(run, flags, eval_every):
     whole = run(flags)
     final = last_checkpoint(whole)
     expected, history = weights(final), rows(whole)
-    best, averages = weights(whole.best_model), {path.name: load_file(path) for path in final.glob("ema.safetensors")}
-    assert bool(averages) == ("--ema_decay" in flags)
+    best = weights(whole.best_model)
+    average = load_file(final / "ema.safetensors") if "--ema_decay" in flags else None
     kept = whole.run_folder / f"checkpoint-{eval_every}"
     for checkpoint in whole.run_folder.glob("checkpoint-*"):
         if checkpoint != kept:
@@ -307,8 +307,8 @@ def test_resume_gives_the_same_weights(run, flags, eval_every):
     resumed = run(flags)
     assert_same(weights(last_checkpoint(resumed)), expected)
     assert_same(weights(resumed.best_model), best)
-    for name, values in averages.items():
-        assert_same(load_file(last_checkpoint(resumed) / name), values)
+    if average is not None:
+        assert_same(load_file(last_checkpoint(resumed) / "ema.safetensors"), average)
     timeless = [
         [
             {k: v for k, v in row.items() if "runtime" not in k and "per_second" not in k}

@@ -185,8 +185,10 @@ def test_the_standard_error_is_that_of_the_mean_over_documents(gain, is_clear):
 
 def test_a_fitted_head_learns_at_the_encoders_rate(argv):
     """Only what neither the encoder nor the probe brings is fresh."""
-    trained, _ = started(argv, "run", "--probe_epochs=1", "--learning_rate=1e-12", "--fresh_lr_factor=1e9")
-    start, end = (load_file(trained.run_folder / f"checkpoint-{step}" / "model.safetensors") for step in (6, 12))
+    flags = ["--learning_rate=1e-12", "--fresh_lr_factor=1e9", "--metric_for_best=log_loss"]
+    trained, _ = started(argv, "run", "--probe_epochs=1", *flags)
+    assert json.loads((trained.run_folder / "status.json").read_text())["best_step"] < 12
+    start, end = (load_file(folder / "model.safetensors") for folder in (trained.best_model, last(trained)))
     moved = {name.split(".")[0] for name in start if (start[name] - end[name]).abs().max() > 1e-5}
     assert moved == {"window_gate", "window_norm", "carry_cell", "carry_output", "aggregation"}
 

@@ -317,13 +317,8 @@ def test_a_second_signal_ends_at_once(tmp_path, monkeypatch, encoder_folder, cap
         on_step_end(self, args, state, control, **kwargs)
 
     monkeypatch.setattr(trainer.EngineCallback, "on_step_end", twice)
-    paths = (
-        f"--train_path train.jsonl --val_path val.jsonl --model_path {encoder_folder} --cache_dir cache --device cpu"
-    )
-    assert (
-        main(f"--epochs 1 --batch_size 8 --window_size 12 --probe_epochs 0 {paths} --output_dir logs/run".split())
-        == 143
-    )
+    arguments = f"{FLAGS} --model_path {encoder_folder} --cache_dir cache --output_dir logs/run --epochs 1"
+    assert main(arguments.split()) == 143
     assert "stopped by SIGTERM" in capsys.readouterr().err
     assert not list(Path("logs/run").glob("checkpoint-*"))
     assert json.loads(Path("logs/run/status.json").read_text())["state"] == "stopped"

@@ -47,13 +47,17 @@ def test_equals_the_slow_twin(encoder_config, carry, aggregation, num_repeats):
 
 @pytest.mark.parametrize("num_repeats", [1, 2])
 @pytest.mark.parametrize("aggregation", ["encoder", "transformer", "attention", "mean"])
-def test_windows_that_count_alike_equal_the_slow_twin(encoder_config, aggregation, num_repeats):
-    options = {"aggregation": aggregation, "num_repeats": num_repeats}
-    model = build(encoder_config, **options, window_weights="equal")
+def test_however_windows_are_weighed_the_slow_twin_agrees(encoder_config, aggregation, num_repeats):
+    """Logits and gradients."""
     batch = dict(zip(("input_ids", "attention_mask"), documents(LENGTHS), strict=True))
-    torch.testing.assert_close(model(**batch).logits, twin_logits(model, **batch), atol=1e-5, rtol=0)
-    assert (model(**batch).logits - build(encoder_config, **options)(**batch).logits).abs().max() > 1e-3
-    _assert_same_gradients(model, batch)
+    model = build(encoder_config, aggregation=aggregation, num_repeats=num_repeats)
+    logits = []
+    for window_weights in ("tokens", "equal"):
+        model.config.window_weights = window_weights
+        logits.append(model(**batch).logits)
+        torch.testing.assert_close(logits[-1], twin_logits(model, **batch), atol=1e-5, rtol=0)
+        _assert_same_gradients(model, batch)
+    assert (logits[0] - logits[1]).abs().max() > 1e-3
 
 
 def test_a_short_window_weighs_as_little_as_it_is_long(encoder_config):

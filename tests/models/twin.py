@@ -91,7 +91,7 @@ def _aggregate(model: RecurrentRoBERTa, windows: list[Tensor], states: list[Tens
         return stacked.amax(0)
     if model.config.aggregation == "attention":
         scores = torch.tanh(aggregation.projection(stacked)) @ aggregation.query
-        shares = weights * scores.exp()
+        shares = weights * scores.softmax(0)
         return shares / shares.sum() @ stacked
     if model.config.aggregation == "transformer":
         return weights @ _small_transformer(aggregation, stacked)
