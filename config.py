@@ -146,8 +146,8 @@ class ModelOptions(Options):
     )
     window_weights: Literal["tokens", "equal"] = Field(
         "tokens",
-        description="how windows count in the mean of their states: by their tokens, so that a short last one says "
-        "little, or all alike",
+        description="how windows count in the mean of their states and in --window_loss: by their tokens, so that a "
+        "short last one says little, or all alike",
     )
     position_encoding: Literal["absolute", "rope"] = Field(
         "absolute", description="the encoder's learned positions, or rotary ones in their place"

@@ -210,8 +210,8 @@ def _read(
         read += int(batch["attention_mask"].any(-1).sum())
         states_BD = output.hidden_states.document_state.float()
         documents.append(States(states_BD, labels, torch.ones(len(labels), device=device), index_B))
-        states_BND = output.hidden_states.window_states.float()
-        rows, places, shares = window_shares(states_BND if window_loss else states_BND[:, :0])
+        states_BND, weights_BN = output.hidden_states.window_states.float(), output.hidden_states.window_weights
+        rows, places, shares = window_shares(weights_BN if window_loss else weights_BN[:, :0])
         windows.append(States(states_BND[rows, places], labels[rows], window_loss * shares, index_B[rows]))
     index = [part.documents_n for part in documents]
     logits_and_index = torch.cat(logits).cpu(), torch.cat(index).cpu()

@@ -10,11 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 
-def window_shares(states_BND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of all n windows that exist: document [n], place in it [n], and what part of the document's windows it is [n]."""
-    exists_BN = states_BND.any(-1)
-    documents, windows = exists_BN.nonzero(as_tuple=True)
-    return documents, windows, 1 / exists_BN.sum(1)[documents]
+def window_shares(weights_BN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all n windows that exist: document [n], place in it [n], and its share of the document's weights [n]."""
+    documents, windows = weights_BN.nonzero(as_tuple=True)
+    return documents, windows, (weights_BN / weights_BN.sum(1, keepdim=True))[documents, windows]
 
 
 class Objective:
@@ -45,8 +44,8 @@ class Objective:
         )
 
     def window_loss_sum(self, hidden_states: Any, labels: Tensor) -> Tensor:
-        """Sum over documents of the mean loss of their windows, each of which should tell the label alone."""
-        documents, windows, shares = window_shares(hidden_states.window_states)
+        """Sum over documents of the weighted mean loss of their windows, each of which should tell the label alone."""
+        documents, windows, shares = window_shares(hidden_states.window_weights)
         losses = self.losses(hidden_states.window_logits[documents, windows], labels[documents])
         return (losses * shares.view(-1, *[1] * (losses.dim() - 1))).sum()
 

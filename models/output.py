@@ -17,6 +17,8 @@ class HiddenStates(NamedTuple):
 
     window_states: Tensor
     """[B, N, D]; zero where a window does not exist."""
+    window_weights: Tensor
+    """[B, N]: how much each counts in the document, in tokens or 1; 0 where a window does not exist."""
     document_state: Tensor
     """[B, D]"""
     window_gates: Tensor

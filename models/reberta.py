@@ -218,7 +218,10 @@ class RecurrentRoBERTa(PreTrainedModel):
             with using(weights):
                 states_BND, gates_BN, failed_BN, entered_B, memory_BND = self._read_windows(batch, document_BD)
             read_BN = batch.exists[:, : states_BND.shape[1]]
-            document_BD = self._aggregate(batch, states_BND, read_BN)
+            weights_BN = read_BN
+            if self.config.window_weights == "tokens":
+                weights_BN = batch.attention_mask[:, : states_BND.shape[1]].sum(-1)
+            document_BD = self._aggregate(batch, states_BND, weights_BN)
             document_BD = self._with_memory(document_BD, memory_BND, read_BN)
             window_gates.append(gates_BN)
             global_gates.append(entered_B)
@@ -227,6 +230,7 @@ class RecurrentRoBERTa(PreTrainedModel):
         window_states_BND = batch.windows_as_given(states_BND)
         hidden_states = HiddenStates(
             window_states=window_states_BND,
+            window_weights=batch.windows_as_given(weights_BN),
             document_state=document_BD[batch.place],
             window_gates=torch.stack(list(map(batch.windows_as_given, window_gates))),
             global_gates=torch.stack([entered_B[batch.place] for entered_B in global_gates]),
@@ -341,16 +345,13 @@ class RecurrentRoBERTa(PreTrainedModel):
             keep_bD = torch.sigmoid(self.carry_gate(torch.cat([state_bD, carried_bD], dim=-1)))
             return torch.lerp(state_bD, carried_bD, keep_bD)
 
-    def _aggregate(self, batch: Batch, states_BND: Tensor, exists_BN: Tensor) -> Tensor:
+    def _aggregate(self, batch: Batch, states_BND: Tensor, weights_BN: Tensor) -> Tensor:
         """Document states [B, D], in fp32 under autocast."""
-        weights_BN = exists_BN
-        if self.config.window_weights == "tokens":
-            weights_BN = batch.attention_mask[:, : exists_BN.shape[1]].sum(-1)
         with torch.autocast(states_BND.device.type, enabled=False):
             if self.config.aggregation == "mean":
                 return masked_mean(states_BND, weights_BN)
             if self.config.aggregation == "max":
-                return masked_max(states_BND, exists_BN)
+                return masked_max(states_BND, weights_BN > 0)
             if self.config.aggregation in ("attention", "transformer"):
                 return self.aggregation(states_BND, weights_BN)
             if states_BND.shape[1] > self.positions - 2:

@@ -94,6 +94,7 @@ class TransformerClassifier(PreTrainedModel):
         no_gates_BN = document_BD.new_zeros(attention_mask.shape[:2])
         hidden_states = HiddenStates(
             window_states=_window_means(hidden_BTD.detach(), is_read_BNW),
+            window_weights=is_read_BNW.sum(-1),
             document_state=document_BD,
             window_gates=no_gates_BN.unsqueeze(0),
             global_gates=no_gates_BN[:, 0].unsqueeze(0),

@@ -80,10 +80,11 @@ def test_the_start_is_a_logistic_regression_of_the_fresh_models_states(argv, enc
     )
     rows_of_x, rows_of_y, weights, owners = [], [], [], []
     for document, label in enumerate(truth):
-        windows = [state for state in hidden.window_states[document] if state.any()]
+        shares = (hidden.window_weights[document] / hidden.window_weights[document].sum()).tolist()
+        windows = [state for state, share in zip(hidden.window_states[document], shares, strict=True) if share]
         rows_of_x += [hidden.document_state[document], *windows]
         rows_of_y += [label] * (1 + len(windows))
-        weights += [1.0, *([window_loss / len(windows)] * len(windows))]
+        weights += [1.0, *(window_loss * share for share in shares if share)]
         owners += [document] * (1 + len(windows))
     states, rows_of_y, weights, owners = map(np.array, (rows_of_x, rows_of_y, weights, owners))
     mean = np.average(states, axis=0, weights=weights)

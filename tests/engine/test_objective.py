@@ -30,15 +30,14 @@ def test_objective_sums():
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_window_loss_is_the_mean_over_a_documents_windows(several):
+def test_window_loss_is_the_mean_over_a_documents_windows_by_their_weights(several):
     torch.manual_seed(0)
     labels = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]) if several else torch.tensor([2, 0])
-    states = torch.randn(2, 3, 4)
-    states[1, 1:] = 0  # the second document has one window
+    weights = torch.tensor([[9, 9, 2], [4, 0, 0]])  # the second document has one window
     window_logits, logits = torch.randn(2, 3, 3), torch.randn(2, 3)
-    hidden = SimpleNamespace(window_states=states, window_logits=window_logits)
+    hidden = SimpleNamespace(window_weights=weights, window_logits=window_logits)
     plain = Objective()
-    first = torch.stack([plain.losses(window_logits[:1, i], labels[:1]).sum() for i in range(3)]).mean()
+    first = sum(w * plain.losses(window_logits[:1, i], labels[:1]).sum() for i, w in enumerate([0.45, 0.45, 0.1]))
     windows = first + plain.losses(window_logits[1:, 0], labels[1:]).sum()
     expected = (plain.losses(logits, labels).sum() + 0.5 * windows) / 12
     objective = Objective(window_loss=0.5)

@@ -54,7 +54,11 @@ def test_however_windows_are_weighed_the_slow_twin_agrees(encoder_config, aggreg
     logits = []
     for window_weights in ("tokens", "equal"):
         model.config.window_weights = window_weights
-        logits.append(model(**batch).logits)
+        output = model(**batch)
+        tokens_BN = batch["attention_mask"].sum(-1)
+        counted_BN = tokens_BN if window_weights == "tokens" else tokens_BN > 0
+        assert output.hidden_states.window_weights.tolist() == counted_BN.tolist()
+        logits.append(output.logits)
         torch.testing.assert_close(logits[-1], twin_logits(model, **batch), atol=1e-5, rtol=0)
         _assert_same_gradients(model, batch)
     assert (logits[0] - logits[1]).abs().max() > 1e-3
