@@ -16,7 +16,7 @@ from engine.trainer import ReBertaTrainer
 from main import main
 from models.checkpoint import load_model_and_config
 from models.reberta import RecurrentRoBERTa
-from tests.test_train import last_checkpoint, rows, weights
+from tests.training import last_checkpoint, rows, weights
 
 
 @pytest.mark.parametrize(("flags", "view"), [("", list), ("--use_augmentation", sorted), ("--sample_data 8", sorted)])

@@ -30,7 +30,7 @@ from engine.trainer import ReBertaTrainer
 from main import main
 from models.registry import build_model
 from tests.conftest import write_corpus
-from tests.test_train import assert_same, last_checkpoint, weights
+from tests.training import assert_same, last_checkpoint, weights
 from train import build_trainer, load_data, train
 from utils import ConfigError
 

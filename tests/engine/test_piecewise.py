@@ -17,7 +17,7 @@ from main import main
 from models.reberta import RecurrentRoBERTa
 from tests.conftest import FLAGS, write_corpus
 from tests.engine.test_watch import with_a_poisoned_word
-from tests.test_train import assert_same, last_checkpoint, rows, weights
+from tests.training import assert_same, last_checkpoint, rows, weights
 from train import train
 from utils import ResourceError, TrainingError
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import linear
 from models.reberta import RecurrentRoBERTa
 from tests.conftest import CLS, PAD, SEP, VOCABULARY
+
+LENGTHS = [[12, 12, 12, 7], [12, 4], [12, 12, 12, 12, 12, 9], [8]]  # of the windows of four documents
 
 
 def documents(lengths: list[list[int]], window_size: int = 12) -> tuple[Tensor, Tensor]:
@@ -34,6 +38,13 @@ def build(encoder, **options) -> RecurrentRoBERTa:
                 # the layers of the small Transformer multiply what they add; by more, rounding would count
                 parameter.add_((0.2 if ".layers." in name else 0.3) * torch.randn_like(parameter))
     return model.eval()
+
+
+def gradients(model: nn.Module, forward: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """Of the sum of squares of what `forward` gives, by parameter; only those that get one."""
+    model.zero_grad()
+    forward().square().sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.fixture(params=["torch", *(["onednn"] if linear.BF16_BY_ONEDNN else [])])

@@ -8,19 +8,12 @@ from transformers import AlbertConfig, DistilBertConfig
 
 from models.registry import freeze_except_last
 from tests.conftest import PAD, SHAPE, VOCABULARY, WIDTH
-from tests.models.conftest import build, documents
+from tests.models.conftest import LENGTHS, build, documents, gradients
 from tests.models.twin import twin_logits
 from utils import ConfigError
 
-LENGTHS = [[12, 12, 12, 7], [12, 4], [12, 12, 12, 12, 12, 9], [8]]
 POISON = 9
 AGGREGATIONS = ["encoder", "transformer", "attention", "mean", "max"]
-
-
-def gradients(model, forward) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    forward().square().sum().backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -119,7 +112,6 @@ def test_frozen_layers_get_no_gradient_and_the_others_the_right_one(
     freeze_except_last(model.encoder, layers)
     for level in (0, 1, 2):
         model.config.memory_level = level
-        model.zero_grad()
         found = gradients(model, forward)
         in_encoder = {name for name in found if name.startswith("encoder.")}
         assert len(in_encoder) == trained

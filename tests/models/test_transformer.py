@@ -15,10 +15,8 @@ from models.aggregation import sinusoids, transformer_layer
 from models.checkpoint import is_checkpoint, load_model_and_config, save_checkpoint
 from models.transformer import TransformerClassifier, TransformerConfig
 from tests.conftest import CLS, SEP, VOCABULARY, word_tokenizer
-from tests.models.conftest import documents
+from tests.models.conftest import LENGTHS, documents, gradients
 from utils import ConfigError
-
-LENGTHS = [[12, 12, 12, 7], [12, 4], [12, 12, 12, 12, 12, 9], [8]]
 
 
 @pytest.fixture
@@ -95,10 +93,9 @@ def test_recomputation_gives_the_same_gradients(model):
     found = []
     for level in (0, 2):
         model.config.memory_level = level
-        model.zero_grad()
         torch.manual_seed(7)
-        model(input_ids, mask).logits.square().sum().backward()
-        found.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+        found.append(gradients(model, lambda: model(input_ids, mask).logits))
+    assert found[0].keys() == dict(model.named_parameters()).keys()
     for name, expected in found[0].items():
         torch.testing.assert_close(found[1][name], expected, atol=1e-5, rtol=1e-5, msg=name)
         assert expected.abs().sum() > 0, name

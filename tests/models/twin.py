@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.reberta import RecurrentRoBERTa
+from tests.models.conftest import gradients
 
 
 def twin_logits(model: RecurrentRoBERTa, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -17,6 +18,15 @@ def twin_logits(model: RecurrentRoBERTa, input_ids: Tensor, attention_mask: Tens
         for row, mask in zip(input_ids, attention_mask, strict=True)
     ]
     return torch.stack(rows)
+
+
+def assert_same_gradients(model: RecurrentRoBERTa, batch: dict[str, Tensor]) -> None:
+    ours = gradients(model, lambda: model(**batch).logits)
+    theirs = gradients(model, lambda: twin_logits(model, **batch))
+    assert ours.keys() == theirs.keys()
+    largest = max(1.0, *(float(gradient.abs().max()) for gradient in theirs.values()))
+    for name in ours:
+        torch.testing.assert_close(ours[name] / largest, theirs[name] / largest, atol=1e-5, rtol=1e-4, msg=name)
 
 
 def _document(model: RecurrentRoBERTa, windows: list[Tensor]) -> Tensor:
