@@ -29,7 +29,8 @@ class StopSignals:
     """While open, the first SIGTERM or Ctrl-C is only noted, in `received`; the second one acts at once.
 
     Under torchrun later ones are ignored: its agent passes on to its processes what they got from the terminal already,
-    and kills them after 30 seconds if they do not end.
+    and kills them after 30 seconds if they do not end. So is one that comes after an error: it is the agent's, which
+    ends all processes when one has ended, and the error is what is to be told.
     """
 
     received: int | None = None
@@ -39,9 +40,9 @@ class StopSignals:
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, error: type[BaseException] | None = None, *others: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if error and under_torchrun() else handler)
 
     def _note(self, number: int, frame: object) -> None:
         if os.getpid() != self._owner or self.received:  # a data worker goes on until its owner ends it

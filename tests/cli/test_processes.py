@@ -196,8 +196,18 @@ def test_wrong_input_is_reported_once_and_before_training(project, run_two):
         assert "INFO step" not in console
 
 
-def test_a_process_that_is_killed_ends_the_other(project, start_two):
-    process = start_two(project, f"{TWO} --epochs 400 --output_dir logs/two-killed".replace("--epochs 6 ", ""))
+def test_a_process_that_is_killed_ends_the_other(project, start):
+    """The SIGTERM that torchrun then sends to the other finds it on its way out, and adds nothing."""
+    script = project / "slow_to_leave.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "import time, main, processes\n"
+        "leave = processes.StopSignals.__exit__\n"
+        "processes.StopSignals.__exit__ = lambda *arguments: (leave(*arguments), time.sleep(1))[0]\n"
+        "sys.exit(main.main())\n"
+    )
+    arguments = f"{TWO} --epochs 400 --output_dir logs/two-killed".replace("--epochs 6 ", "")
+    process = start(project, arguments, str(script), (*TORCHRUN, "--nproc-per-node", "2"))
     workers, second = trained_a_little(process, project / "logs" / "two-killed")
     second.kill()
     _, console = process.communicate(timeout=120)
