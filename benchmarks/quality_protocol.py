@@ -53,7 +53,7 @@ COMMON: Options = {
     "save_total_limit": 1,
     "log_steps": 50,
     "device": "cpu",
-    "window_weights": "equal",  # as all were when these runs were made; it hardly matters where windows are many
+    "window_weights": "equal",  # as all were when these runs were made
 }
 LRS = (3e-5, 1e-4, 3e-4)
 LRS_FROM_SCRATCH = (3e-4, 1e-3, 3e-3)
@@ -77,17 +77,8 @@ NO_WINDOW_LOSS: Options = {"window_loss": None}
 # gives a linear probe of the encoder as it is the lowest log loss on the first fold's validation set (docs/LOG.md).
 # None of 8 epochs was better than the probe, at two rates, with a moving average of the weights and without
 STYLE: Options = {"pooling": "mean", "encoder_layers": 4, "epochs": 4}
-# 1,024 tokens hold most of its documents, which are many. Windows of 256 that count by their tokens give a probe a
-# lower log loss than those of 128 or 512, or all alike, in the same cross-validation
-TOPIC: Options = {
-    "pooling": "mean",
-    "probe_epochs": 1,
-    "epochs": 4,
-    "window_size": 256,
-    "max_windows": 40,
-    "train_windows": 4,
-    "window_weights": "tokens",
-}
+# 8 windows hold most of its documents, which are many
+TOPIC: Options = {"pooling": "mean", "probe_epochs": 1, "epochs": 4}
 CORPORA = {
     "sotu-era": Corpus("sotu-era", FOLDS, SOME_WINDOWS),
     "brown-15": Corpus("brown-15", FOLDS, {**SOME_WINDOWS, **STYLE}),
@@ -95,14 +86,8 @@ CORPORA = {
 }
 
 SMALLEST = "sotu-era"  # in tokens; variants of other models are only tried there
-ONE_WINDOW: Options = {
-    "window_size": None,
-    "max_windows": None,
-    "train_windows": None,
-    "window_weights": None,
-    **NO_WINDOW_LOSS,
-}
-AS_MANY_TOKENS = 2  # one window of 512 tokens in place of 8 of 128 or 4 of 256
+ONE_WINDOW: Options = {"window_size": None, "max_windows": None, "train_windows": None, **NO_WINDOW_LOSS}
+AS_MANY_TOKENS = 2  # one window of 512 tokens in place of 8 of 128
 MODELS = {
     # at ten times the encoder's rate, the default, a fresh memory or Transformer undoes what the probe brings
     OURS: Model({"model_type": "reberta", "carry": "gru", "fresh_lr_factor": 1}, LRS),
