@@ -198,8 +198,10 @@ def origin(page: Page) -> str:
             lines.append(f"on {machine_line(machine)}:")
         how = f"{session['jobs']} cells at a time, one thread each; commit {session['commit']}"
         lines.append(f"{session['started']}: `{session['command']}` ({how}; {rows[session['started']]} rows)")
+    hours = sum(row["seconds"] for row in content["rows"]) / 3600
     lines.append(
-        f"**{done} of {sum(content['runs'].values())} runs are there**; the next session goes on with the others"
+        f"**{done} of {sum(content['runs'].values())} runs are there**; with the search of learning rates they took "
+        f"{hours:.1f} hours of one core to train; the next session goes on with the others"
     )
     return "\n".join(f"- {line}" for line in lines)
 

@@ -182,6 +182,7 @@ def test_page_names_the_sessions_whose_rows_it_shows():
     assert f"- on A CPU, 2 cores, 25 GB, AVX512, no AMX:\n- today: {how}; 1 rows)" in text
     assert f"- on Another, 2 cores, 25 GB, AVX512, AMX:\n- tomorrow: {how}; 2 rows)" in text
     assert "in vain" not in text
+    assert "took 0.1 hours of one core to train" in text  # 90 seconds each
 
 
 def test_page_without_rows():
