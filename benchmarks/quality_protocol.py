@@ -118,8 +118,6 @@ ABLATED = "chronology"  # order tells the label there, in real sentences; varian
 VARIANTS: dict[str, Options] = {
     "carry residual": {"carry": "residual"},
     "carry residual, alpha 0.5": {"carry": "residual", "alpha": 0.5},
-    "num_repeats 2": {"num_repeats": 2},
-    "num_repeats 3": {"num_repeats": 3},
     "aggregation attention": {"aggregation": "attention"},
     "aggregation mean": {"aggregation": "mean"},
     "aggregation max": {"aggregation": "max", "window_weights": None},
@@ -132,6 +130,8 @@ VARIANTS: dict[str, Options] = {
     "window_size 512": {"window_size": 512},
     "position_encoding rope": {"position_encoding": "rope"},
     "fresh_lr_factor 1": {"fresh_lr_factor": 1},
+    "num_repeats 2": {"num_repeats": 2},
+    "num_repeats 3": {"num_repeats": 3},
 }
 
 SYNTHETIC_ENCODER = ENCODER
