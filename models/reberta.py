@@ -211,16 +211,15 @@ class RecurrentRoBERTa(PreTrainedModel):
 
     def _classify(self, input_ids: Tensor, attention_mask: Tensor, skip_BN: Tensor) -> ReBertaOutput:
         batch = plan_batch(token_lookup(self.encoder), input_ids, attention_mask.bool(), skip_BN)
+        read_BN = weights_BN = batch.exists[:, : len(batch.alive)]
+        if self.config.window_weights == "tokens":
+            weights_BN = batch.attention_mask[:, : len(batch.alive)].sum(-1)
         weights = cast_weights(self.encoder)
         document_BD: Tensor | None = None
         window_gates, global_gates, failures = [], [], []
         for _ in range(self.config.num_repeats):
             with using(weights):
                 states_BND, gates_BN, failed_BN, entered_B, memory_BND = self._read_windows(batch, document_BD)
-            read_BN = batch.exists[:, : states_BND.shape[1]]
-            weights_BN = read_BN
-            if self.config.window_weights == "tokens":
-                weights_BN = batch.attention_mask[:, : states_BND.shape[1]].sum(-1)
             document_BD = self._aggregate(batch, states_BND, weights_BN)
             document_BD = self._with_memory(document_BD, memory_BND, read_BN)
             window_gates.append(gates_BN)

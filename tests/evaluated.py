@@ -11,8 +11,6 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 NAMES = ["economy", "外交与国防", "=sport, and\ta rather long name for a class of documents, or not"]
-
-
 FILES = ["class_metrics.png", "confusion_matrix.png", "evaluation_results.txt", "metrics.json", "reliability.png"]
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
+from tests import training
 from tests.cli.conftest import ROOT, TORCHRUN
 from tests.conftest import write_corpus
 
@@ -27,10 +27,10 @@ TWO = (
 
 @pytest.fixture(scope="module")
 def start_two(start):
-    """Start main.py in two processes, in a folder."""
+    """Start a script in two processes, in a folder."""
 
-    def start_two(folder: Path, arguments: str) -> subprocess.Popen:
-        return start(folder, arguments, launcher=(*TORCHRUN, "--nproc-per-node", "2"))
+    def start_two(folder: Path, arguments: str, script: str = "main.py") -> subprocess.Popen:
+        return start(folder, arguments, script, (*TORCHRUN, "--nproc-per-node", "2"))
 
     return start_two
 
@@ -55,16 +55,8 @@ def two(project, run_two) -> Path:
     return project / "logs" / "two"
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
 def assert_same(first: Path, second: Path, tolerance: float = 0.0) -> None:
-    one, other = weights(first), weights(second)
-    assert one.keys() == other.keys()
-    assert len(one) > 40
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], atol=tolerance, rtol=0, msg=name)
+    training.assert_same(training.weights(first), training.weights(second), tolerance)
 
 
 def trained_a_little(process: subprocess.Popen, run: Path) -> tuple[list[psutil.Process], psutil.Process]:
@@ -96,7 +88,7 @@ def test_two_processes_train_as_one(project, two, command):
     assert (status["state"], status["step"], status["max_steps"], status["exit_code"]) == ("finished", 18, 18, 0)
 
 
-def test_the_end_leaves_no_thread_of_the_group(project, start):
+def test_the_end_leaves_no_thread_of_the_group(project, start_two):
     """One that releases a tensor while the interpreter ends would abort the process, now and then."""
     script = project / "then_threads.py"
     script.write_text(
@@ -111,7 +103,7 @@ def test_the_end_leaves_no_thread_of_the_group(project, start):
         "sys.exit(code)\n"
     )
     arguments = f"{TWO} --epochs 1 --output_dir logs/threads"
-    process = start(project, arguments, str(script), (*TORCHRUN, "--nproc-per-node", "2"))
+    process = start_two(project, arguments, str(script))
     said, console = process.communicate(timeout=300)
     assert process.returncode == 0, console
     assert len(re.findall("threads before: [1-9]", said)) == 2
@@ -196,7 +188,7 @@ def test_wrong_input_is_reported_once_and_before_training(project, run_two):
         assert "INFO step" not in console
 
 
-def test_a_process_that_is_killed_ends_the_other(project, start):
+def test_a_process_that_is_killed_ends_the_other(project, start_two):
     """The SIGTERM that torchrun then sends to the other finds it on its way out, and adds nothing."""
     script = project / "slow_to_leave.py"
     script.write_text(
@@ -207,7 +199,7 @@ def test_a_process_that_is_killed_ends_the_other(project, start):
         "sys.exit(main.main())\n"
     )
     arguments = f"{TWO} --epochs 400 --output_dir logs/two-killed".replace("--epochs 6 ", "")
-    process = start(project, arguments, str(script), (*TORCHRUN, "--nproc-per-node", "2"))
+    process = start_two(project, arguments, str(script))
     workers, second = trained_a_little(process, project / "logs" / "two-killed")
     second.kill()
     _, console = process.communicate(timeout=120)
