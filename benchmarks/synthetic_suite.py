@@ -20,13 +20,17 @@
   younger; which came first, the `older` or the `newer`? A twin has the two exchanged. Most years are those of the
   older as often as of the newer, so that who knew the year of one half would be right three times of four. What a time
   sounds like must be learned here, too, and no reader would always be right
+- question: the first window names a person; D windows on stands what became of two; was the one `convicted` or
+  `acquitted`? A twin asks for the other. In half of all documents both met the same end, so that who cannot tell the
+  names apart is right three times of four: the window of the verdicts must be read with the question in mind, or keep
+  both of them for whoever may be asked for
 
 Every window is full: the tokenizer's tokens of its sentences are exactly those that a window of `--window_size` holds,
 so that train and evaluate with the same `--window_size`, no overlap, and `--max_windows` of D + 17 or more (chronology:
-2 D). In order, retraction and counting up to 16 windows of filler stand before and after what decides, as many in all
-as often as any other number: where the last event decides alone, it must be remembered for as long. Alone, no window
-tells order, the twins of retraction, nor who speaks first and last in identity; in counting one of three leaves at best
-every second guess right, and at distance 1 two of them share a window.
+2 D). In order, retraction and counting up to 16 windows of filler stand before and after what decides, in question
+after it, as many in all as often as any other number: where the last event decides alone, it must be remembered for as
+long. Alone, no window tells order, the twins of retraction and question, nor who speaks first and last in identity; in
+counting one of three leaves at best every second guess right, and at distance 1 two of them share a window.
 
 - FOLDER/TASK/{train,validation,test}.jsonl: {"id", "text", "label", "task", "distance"} a line, distances mixed, as
   many documents of each label and distance (in identity, half of them `nobody`); twins are in the same split
@@ -45,7 +49,6 @@ import random
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -54,6 +57,23 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.addresses import Addresses
 from benchmarks.corpora import ABOUT, ENCODER, SPLITS
+from benchmarks.synthetic_words import (
+    ACQUITTED,
+    ASKED,
+    BELL,
+    CAST,
+    CONVICTED,
+    DENIED,
+    HARBOUR,
+    HEARD,
+    LAMP,
+    NAMES,
+    NOBODY,
+    PLACES,
+    REPORTED,
+    SPOKE,
+    all_fillers,
+)
 from data_utils.tokenization import load_tokenizer, tokenize
 from data_utils.windows import SPECIALS
 from download_models import atomic_folder
@@ -65,73 +85,6 @@ SMALLER = 4  # validation and test are smaller by this factor
 GROUP = 4  # documents that share their filler, or are two pairs of twins
 WINDOW_SIZE = 48
 OUTSIDE = 16  # windows of filler before and after what decides, together, at most
-
-NAMES = """
-    Adam Agnes Albert Alice Amos Anna Arthur Barbara Ben Bertha Bridget Carl Caroline Catherine Charles Clara Daniel
-    David Dora Edgar Edith Edmund Edward Eleanor Elizabeth Ella Emma Ernest Esther Eva Felix Florence Frances Frank
-    Frederick George Gerald Grace Hannah Harold Harriet Harry Helen Henry Herbert Hugh Ida Irene Isaac Jack Jacob James
-    Jane Jessie Joan John Joseph Judith Julia Kate Laura Leo Leonard Lewis Louis Louise Lucy Margaret Maria Martha
-    Martin Mary Matthew Michael Nancy Nathan Nicholas Oliver Oscar Patrick Paul Peter Philip Rachel Ralph Richard Robert
-    Rose Ruth Samuel Sarah Simon Sophia Stephen Susan Thomas Victor Walter William
-"""
-CAST = "Gilbert", "Miriam", "Theodore"
-NOBODY = "nobody"
-HARBOUR = "harbour"
-PLACES = """
-    academy airport bakery bank bridge brewery canal castle cathedral chapel cinema college factory ferry gallery
-    hospital hotel library market museum office palace prison school station theatre tunnel university
-"""
-
-LAMP = ("{} lit the lamp.", "The lamp was lit by {}.", "It was {} who lit the lamp.", "Then {} went and lit the lamp.")
-BELL = (
-    "{} rang the bell.",
-    "The bell was rung by {}.",
-    "It was {} who rang the bell.",
-    "Then {} came and rang the bell.",
-)
-REPORTED = (
-    "It was reported that the {} was closed.",
-    "Word came that soldiers had closed the {}.",
-    "The {} was closed by order of the king.",
-)
-DENIED = (
-    "The story about the {} was a lie.",
-    "What they had told of the {} proved false.",
-    "All the rumours about the {} were false.",
-)
-HEARD = (
-    "{0} heard the {1}, but not the {2}.",
-    "The {1} was heard by {0}, and the {2} was not.",
-    "What {0} heard was the {1} and never the {2}.",
-)
-SPOKE = (
-    "{} spoke to the people.",
-    "It was {} who spoke to them.",
-    "The people listened to {}.",
-    "Then {} rose and spoke.",
-)
-
-FILLERS = (
-    "Rain fell on the {place}.",
-    "The {place} lay {state} in {season}.",
-    "In {season} the {place} was {state}.",
-    "Carts of {goods} went by.",
-    "People bought {goods} at the fair.",
-    "There was {weather} over the {place} all day long.",
-    "The price of {goods} did not change that {season}.",
-    "Children played near the {place} until it was dark.",
-    "Nobody could remember such a {state} {season} before.",
-    "From the {place} to the next one the way was long and {state}.",
-    "In {season} they carried {goods} from the {place} to the town.",
-    "After days of {weather} the {place} looked {state} once more.",
-)
-SLOTS = {
-    "place": "barn farm field forest garden hill lake meadow mill mountain orchard pond river road shore valley",
-    "state": "bare beautiful cold dark dry green grey lonely quiet strange warm wet white wild",
-    "season": "spring summer autumn winter",
-    "goods": "apples barley bread butter cheese cloth coal corn flour fruit hay honey milk salt timber wheat wool",
-    "weather": "fog frost haze mist rain smoke snow storm sunshine thunder wind",
-}
 
 Window = list[str]  # its sentences
 Labelled = tuple[str, list[Window]]
@@ -280,25 +233,34 @@ def chronology(writer: Writer, distance: int) -> Iterator[Labelled]:
         yield "newer", [*newer, *older]
 
 
+def question(writer: Writer, distance: int) -> Iterator[Labelled]:
+    names = writer.draw.sample(writer.names, 2)
+    asked = [writer.window(writer.draw.choice(ASKED).format(name)) for name in names]
+    before, between, after = writer.around(distance - 1)
+
+    def told(*verdicts: tuple[str, ...]) -> Window:
+        return writer.window(
+            *(writer.draw.choice(ways).format(name) for ways, name in zip(verdicts, names, strict=True))
+        )
+
+    of_both = told(CONVICTED, ACQUITTED)
+    for label, opening, verdicts in (
+        ("convicted", asked[0], of_both),
+        ("acquitted", asked[1], of_both),
+        ("convicted", asked[1], told(CONVICTED, CONVICTED)),
+        ("acquitted", asked[0], told(ACQUITTED, ACQUITTED)),
+    ):
+        yield label, [opening, *between, verdicts, *before, *after]
+
+
 TASKS: dict[str, Callable[[Writer, int], Iterator[Labelled]]] = {
     "order": order,
     "retraction": retraction,
     "counting": counting,
     "identity": identity,
     "chronology": chronology,
+    "question": question,
 }
-
-
-@functools.cache
-def all_fillers() -> list[str]:
-    """Every sentence that the templates make, in an order that is always the same."""
-    sentences = []
-    for template in FILLERS:
-        names = [name for name in SLOTS if f"{{{name}}}" in template]
-        words = product(*(SLOTS[name].split() for name in names))
-        sentences += [template.format(**dict(zip(names, chosen, strict=True))) for chosen in words]
-    random.Random(0).shuffle(sentences)
-    return sentences
 
 
 def share(items: Sequence[str], split: str) -> list[str]:

@@ -18,19 +18,8 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks import tfidf_svm
 from benchmarks.corpora import SPLITS, load_split
 from benchmarks.quality import by_distance
-from benchmarks.synthetic_suite import (
-    CAST,
-    NAMES,
-    NOBODY,
-    PLACES,
-    TASKS,
-    Example,
-    Options,
-    all_fillers,
-    main,
-    make_split,
-    share,
-)
+from benchmarks.synthetic_suite import TASKS, Example, Options, main, make_split, share
+from benchmarks.synthetic_words import CAST, NAMES, NOBODY, PLACES, all_fillers
 from data import make_sotu
 from data_utils.analysis import analyze
 from data_utils.readers import read_records
@@ -45,10 +34,12 @@ LABELS = {
     "counting": {"0", "1", "2", "3"},
     "identity": {*CAST, NOBODY},
     "chronology": {"older", "newer"},
+    "question": {"convicted", "acquitted"},
 }
 MADE_UP = [task for task in TASKS if task != "chronology"]
 SIZES = {"train": 320, "validation": 320, "test": 800}  # --documents that a split is taken of
-DECIDES = re.compile(r"lamp|bell|closed|\blie\b|false|drum|spoke|listened")
+VERDICT = r"guilty|convicted|to jail|innocent|acquitted|went free"
+DECIDES = re.compile(rf"lamp|bell|closed|\blie\b|false|drum|spoke|listened|asked|story|{VERDICT}")
 DRUM = re.compile(r"heard the drum|The drum was heard|heard was the drum")
 SPEAKER = re.compile("|".join(CAST))
 SENTENCE = re.compile(r"[^.]+\.")
@@ -116,14 +107,25 @@ def oracle(task: str, text: str) -> str:
         return "withdrawn" if re.search("lie|false", last) else "stands"
     if task == "counting":
         return str(sum(bool(DRUM.search(sentence)) for sentence in sentences))
+    if task == "question":
+        asked, *verdicts = sentences
+        [name] = set(NAMES.split()) & set(re.findall(r"\w+", asked))
+        [told] = [verdict for verdict in verdicts if re.search(rf"\b{name}\b", verdict)]
+        return verdict_of(told)
     first, *_, last = [name for sentence in sentences for name in SPEAKER.findall(sentence)]
     return first if first == last else NOBODY
 
 
+def verdict_of(sentence: str) -> str:
+    return "convicted" if re.search("guilty|convicted|jail", sentence) else "acquitted"
+
+
 def beyond_words(item: Example) -> bool:
-    """Neither speech alone in the first and last window, nor the report or its denial alone."""
+    """Neither speech alone in the first and last window, nor the report or its denial alone, nor the same verdicts."""
     if item["task"] == "identity":
         return item["distance"] > 1
+    if item["task"] == "question":
+        return len(set(map(verdict_of, said(item["text"])[1:]))) == 2
     return item["task"] != "retraction" or sum("harbour" in sentence for sentence in said(item["text"])) == 2
 
 
@@ -144,6 +146,7 @@ def test_windows_are_full_and_what_decides_is_as_far_apart_as_said(task, kind):
             "retraction": {harbours, harbours + 2},
             "counting": {3},
             "identity": {2 if distance == 1 else 3},
+            "question": {3},
         }
         assert len(places) in numbers[task]
         if len(places) == 1:  # a report or a denial alone, where the later one would be
@@ -160,7 +163,9 @@ def test_windows_are_full_and_what_decides_is_as_far_apart_as_said(task, kind):
         assert set(outside) == {(0, 0)}
     else:
         assert all(before >= 0 and after >= 0 and before + after <= 16 for before, after in outside)
-        assert min(map(max, zip(*outside, strict=True))) > 4
+        before, after = map(max, zip(*outside, strict=True))
+        assert after > 4
+        assert before == 0 if task == "question" else before > 4
 
 
 @cache
