@@ -115,7 +115,7 @@ MODELS = {
 SHUFFLED = "windows shuffled"  # of all documents, in training too: they are written so, in runs of RUN words
 RUN = 36  # about as many as a window of the ablated task
 ABLATED = "chronology"  # order tells the label there, in real sentences; variants are alike where a mean tells it
-VARIANTS: dict[str, Options] = {
+VARIANTS: dict[str, Options] = {  # repeats last: they take two and three times as long
     "carry residual": {"carry": "residual"},
     "carry residual, alpha 0.5": {"carry": "residual", "alpha": 0.5},
     "aggregation attention": {"aggregation": "attention"},

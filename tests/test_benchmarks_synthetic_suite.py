@@ -38,8 +38,10 @@ LABELS = {
 }
 MADE_UP = [task for task in TASKS if task != "chronology"]
 SIZES = {"train": 320, "validation": 320, "test": 800}  # --documents that a split is taken of
-VERDICT = r"guilty|convicted|to jail|innocent|acquitted|went free"
-DECIDES = re.compile(rf"lamp|bell|closed|\blie\b|false|drum|spoke|listened|asked|story|{VERDICT}")
+CONVICTED = "guilty|convicted|to jail"
+DECIDES = re.compile(
+    rf"lamp|bell|closed|\blie\b|false|drum|spoke|listened|asked|story|{CONVICTED}|innocent|acquitted|went free"
+)
 DRUM = re.compile(r"heard the drum|The drum was heard|heard was the drum")
 SPEAKER = re.compile("|".join(CAST))
 SENTENCE = re.compile(r"[^.]+\.")
@@ -117,7 +119,7 @@ def oracle(task: str, text: str) -> str:
 
 
 def verdict_of(sentence: str) -> str:
-    return "convicted" if re.search("guilty|convicted|jail", sentence) else "acquitted"
+    return "convicted" if re.search(CONVICTED, sentence) else "acquitted"
 
 
 def beyond_words(item: Example) -> bool:
